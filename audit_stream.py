@@ -1,0 +1,1257 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["websockets>=17"]
+# ///
+"""Watch an audit log live in a browser, and trust what you see.
+
+    the log -> the stream -> one viewer -> HTTP -> running -> command line
+
+This file reads in the order in which a log line travels. One idea carries it: the file is the queue.
+A viewer is a position in it. The first screen, catching up when slow, resuming after a cut and passing
+through a rotation are the same step, which reads the file from a position; a viewer at the end is live
+and gets what everyone gets, in one broadcast.
+
+Guarantees: joined, the frames that a viewer gets are the log, no byte twice and none missing, through
+rotations, reconnects and restarts; where bytes are truly gone, a frame says so at that place. The bytes
+around what was sent are compared with the file at every read: a cut or rewritten log is noticed at any size.
+
+Limits: one log; a frame holds 128 KiB of it, a cursor resumes through at most 64 rotated files beside it,
+and only the first and last 4 KiB of what was sent are compared with the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import codecs
+import collections
+import contextlib
+import ctypes
+import datetime
+import email.utils
+import errno
+import fcntl
+import functools
+import gzip
+import hashlib
+import http
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import struct
+import sys
+import tempfile
+import termios
+import time
+import urllib.parse
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+try:
+    import websockets.version
+    from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
+    from websockets.datastructures import Headers
+    from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request, Response
+    from websockets.typing import Subprotocol
+
+    if int(websockets.version.version.partition(".")[0]) < 17:
+        raise ImportError
+except ImportError:
+    sys.exit("audit_stream.py: websockets 17 or newer is missing; type: python3 -m pip install 'websockets>=17'")
+
+VERSION = "1.0"
+KIB, MIB = 1024, 1024 * 1024
+EDGE = 4 * KIB  # so many of the first and of the last published bytes are compared with the file
+FRAME = 128 * KIB  # of the log in one frame; as JSON at most six times as long
+BROADCAST = 64 * KIB  # a larger batch everyone reads from the file
+BACKLOG = 64 * KIB  # in a viewer's write buffer; with more it is no longer live
+WINDOW = 0.02  # seconds between two checks: bursts are put together
+LATE = 30.0  # seconds for which a rotated file is still read
+HESITATE = 1.0  # seconds until a missing or emptied log is one: a rotation takes less
+QUIET = 10.0  # seconds without a frame until `checked` is sent
+STUCK = 60.0  # seconds without progress until a viewer is given up
+SIBLINGS = 64  # rotated files that are looked at
+UNPACKED = 1024 * MIB  # of .gz files for one resumed viewer
+PROTOCOL = Subprotocol("audit.v1.json")
+TEXT, JSON = "text/plain; charset=utf-8", "application/json"
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+# inotify(7): MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF
+EVENTS = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
+DEMO = (
+    "Auto-repair: Created PostgreSQL database quantum",
+    "Auto-repair: Restarted Grafana container",
+    "Auto-repair: Fixed database issue",
+    "Auto-repair: Retrained xgboost model",
+    "Auto-repair: WARNING disk usage at 91 %",
+    "Auto-repair: ERROR restart of prometheus failed, trying again",
+    "Weekly self-heal: Completed – ✅ All checks passed",
+)
+NOTHING = "0"  # the cursor before the first byte of the first file
+
+logger = logging.getLogger("audit_stream")
+
+
+# The log: its lives, and the files beside it
+
+
+class Marks(NamedTuple):
+    """What was published of a file: how far, and its first and last 4 KiB."""
+
+    end: int = 0
+    head: bytes = b""
+    tail: bytes = b""
+
+
+class Generation:
+    """One life of the log, its file kept open as long as anybody needs it."""
+
+    living: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
+    known: dict[str, Marks] = {}  # by name, 8 KiB for each of the last 256
+
+    def __init__(self, fd: int, start: int = 0) -> None:
+        self.fd = fd
+        self.marks = Marks()
+        self.modified = 0  # of the file when it was last read, in ns
+        self.grown = (0, 0.0)  # where it ended, and since when
+        self.given = ""
+        self.mark(start)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    @property
+    def end(self) -> int:
+        return self.marks.end
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    @property
+    def name(self) -> str:
+        """Derived from the first line (of a long one its first 4 KiB); empty as long as there is none."""
+        if not self.given:
+            first, newline, _ = os.pread(self.fd, EDGE, 0).partition(b"\n")
+            if newline or len(first) == EDGE:
+                base = hashlib.sha256(first).hexdigest()[:16]
+                names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
+                self.given = next(name for name in names if self.may_be(name))
+                self.living[self.given] = self
+        return self.given
+
+    def may_be(self, name: str) -> bool:
+        """Is it the life that has this name, or has none?"""
+        other = self.living.get(name)
+        if other and os.fstat(other.fd).st_nlink and not os.path.sameopenfile(other.fd, self.fd):
+            return False
+        return name not in self.known or self.has(self.known[name])
+
+    def has(self, marks: Marks) -> bool:
+        """Does the file begin with all that was published, as far as its first and last 4 KiB tell?"""
+        end, head, tail = marks
+        return os.pread(self.fd, len(head), 0) == head and os.pread(self.fd, len(tail), end - len(tail)) == tail
+
+    def intact(self) -> bool:
+        return self.has(self.marks)
+
+    def mark(self, end: int) -> None:
+        """Everything before end is published from now on."""
+        edge = min(EDGE, end)
+        self.marks = Marks(end, os.pread(self.fd, edge, 0), os.pread(self.fd, edge, end - edge))
+        self.modified = os.fstat(self.fd).st_mtime_ns
+        if self.name and end >= self.known.get(self.name, Marks()).end:  # what was cut off is still another life's
+            self.known[self.name] = self.marks
+            while len(self.known) > 256:
+                del self.known[next(iter(self.known))]
+
+    def swap(self, other: Generation) -> None:
+        """Go on in another file that has the same bytes."""
+        os.dup2(other.fd, self.fd, inheritable=False)
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from start to end, or to the next hole and the NULs beside it."""
+        data = os.pread(self.fd, end - start, start)
+        if b"\0" in data and (hole := os.lseek(self.fd, start, os.SEEK_HOLE)) < start + len(data):
+            return data[: hole - start].rstrip(b"\0")
+        return data
+
+    def after_hole(self, start: int) -> int | None:
+        """Where the log goes on behind the hole at or after start (lseek(2), SEEK_DATA)."""
+        try:
+            data = os.lseek(self.fd, os.lseek(self.fd, start, os.SEEK_HOLE), os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing there yet
+            return None
+        block = os.pread(self.fd, EDGE, data)
+        return data + len(block) - len(block.lstrip(b"\0"))
+
+    def settled(self) -> int:
+        """Where the last whole line ends; within a line longer than a frame, where the file does."""
+        end = self.size
+        if end and os.pread(self.fd, 1, end - 1) == b"\0":
+            end = max(self.extents(), default=0)
+        low = max(0, end - FRAME)
+        data = os.pread(self.fd, end - low, low)
+        return low + (data.rfind(b"\n") + 1 or (whole_characters(data) if low else 0))
+
+    def extents(self) -> Iterator[int]:
+        """The end of each stretch of the file that is no hole."""
+        end = 0
+        with contextlib.suppress(OSError):
+            while True:
+                end = os.lseek(self.fd, os.lseek(self.fd, end, os.SEEK_DATA), os.SEEK_HOLE)
+                yield end
+
+    def line_start(self, end: int, most: int) -> int:
+        """Where the last lines before end begin, at most so many bytes; of a longer last line, its end."""
+        low = max(0, end - most)
+        while low + len(self.read(low, end)) < end:
+            low = self.after_hole(low) or end
+        if low == 0 or low == end or os.pread(self.fd, 1, low - 1) in b"\n\0":
+            return low
+        data = os.pread(self.fd, end - low, low)
+        line = data.find(b"\n") + 1
+        return low + (line if 0 < line < len(data) else character_start(data))
+
+    def survivor(self) -> int:
+        """After a cut or a rewrite: the first byte that is no longer what was published.
+
+        The last 4 KiB decide; else it is the end of a file whose first 4 KiB are unchanged, else 0.
+        """
+        end, head, tail = self.marks
+        low = end - len(tail)
+        same = len(os.path.commonprefix([os.pread(self.fd, len(tail), low), tail]))
+        if same:
+            return low + same - len(tail[:same]) + whole_characters(tail[:same])
+        size = self.size
+        return min(size, end) if os.pread(self.fd, EDGE, 0) == head[:size] else 0
+
+    def part(self, offset: int) -> str:
+        """Of a cursor: an offset and its proof, 9 bytes for the log's bytes and as a hint 3 for the inode."""
+        edge = min(EDGE, offset)
+        proof = hashlib.sha256(os.pread(self.fd, edge, 0) + os.pread(self.fd, edge, offset - edge)).digest()
+        where = os.fstat(self.fd)
+        hint = hashlib.sha256(b"%d:%d" % (where.st_dev, where.st_ino)).digest()
+        return f"{offset}.{base64.urlsafe_b64encode(proof[:9] + hint[:3]).decode()}"
+
+    def proves(self, part: Part) -> bool:
+        """Are the bytes those of the cursor, whichever inode they are in?"""
+        return 0 < part.offset <= self.size and self.part(part.offset)[:-4] == str(part)[:-4]
+
+
+def whole_characters(data: bytes) -> int:
+    """How many bytes there are before a UTF-8 character at the end of which a part has yet to come."""
+    end = data[-4:]
+    return len(data) - len(end) + codecs.utf_8_decode(end, "replace", False)[1]
+
+
+def character_start(data: bytes) -> int:
+    """How many bytes at the beginning belong to a character that began before."""
+    return next((n for n, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
+
+
+def open_file(path: str) -> Generation:
+    """The regular file at path, never waiting for a FIFO; OSError says what else is there."""
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind):
+        raise OSError(errno.EINVAL, "no regular file, a directory" if stat.S_ISDIR(kind) else "no regular file")
+    return Generation(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
+
+
+def siblings(path: str) -> list[str]:
+    """The rotated files beside the log, newest first: NAME.1, NAME.2.gz, NAME-20251217, NAME.2025-12-16."""
+    found = []
+    for log in dict.fromkeys((path, os.path.realpath(path))):
+        folder, name = os.path.split(log)
+        shape = re.compile(re.escape(name) + r"(?:\.(\d{1,5})|[-.](\d{4}[-_.:T\d]*\d))(\.gz)?")
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            found += [(match, entry.path) for entry in entries if (match := shape.fullmatch(entry.name))]
+    found.sort(key=lambda item: item[0][2] or "", reverse=True)
+    found.sort(key=lambda item: int(item[0][1] or 0))  # stable: the dated ones stay in their order
+    return [file for _, file in found[:SIBLINGS]]
+
+
+def unpack(path: str, most: int) -> Generation:
+    """A .gz file as an ordinary one, in a temporary file without a name; OSError if it is broken or larger."""
+    with tempfile.TemporaryFile() as copy, gzip.open(path) as packed:
+        try:
+            while data := packed.read(MIB):
+                if copy.tell() + len(data) > most:
+                    raise OSError(errno.EFBIG, "is too large to unpack")
+                copy.write(data)
+        except (EOFError, zlib.error) as error:
+            raise OSError(errno.EINVAL, "is no whole .gz file") from error
+        copy.flush()
+        return Generation(os.dup(copy.fileno()))
+
+
+# The stream: what was published, as a linked list of stretches
+
+
+class Segment:
+    """A stretch of one generation, up to `end`; the last one of the list grows with its generation."""
+
+    def __init__(self, gen: Generation, older: Iterable[str] = (), newer: Iterable[str] = ()) -> None:
+        self.gen = gen
+        self.older, self.newer = tuple(older), tuple(newer)  # how far the other files that are still read were sent
+        self.before = NOTHING  # the cursor at offset 0, which proves nothing: the end of what came before
+        self.stop: int | None = None
+        self.next: Link | None = None
+
+    @property
+    def end(self) -> int:
+        return self.gen.end if self.stop is None else min(self.stop, self.gen.end)
+
+    def cursor(self, offset: int) -> str:
+        return "~".join((*self.older, self.gen.part(offset), *self.newer)) if offset else self.before
+
+    def lead(self, following: Segment, offset: int, event: str = "") -> Segment:
+        """End here, and go on there."""
+        self.stop = self.end
+        following.before = self.cursor(self.stop)
+        self.next = Link(following, offset, event)
+        return following
+
+
+class Link(NamedTuple):
+    """The way from a segment to the next one, with the reason if another generation begins there."""
+
+    segment: Segment
+    offset: int
+    event: str
+
+
+class Position(NamedTuple):
+    """A viewer: so far it was served."""
+
+    segment: Segment
+    offset: int
+
+    @property
+    def cursor(self) -> str:
+        return self.segment.cursor(self.offset)
+
+
+class Frame(NamedTuple):
+    """What one step brings: bytes of the log, a hole, or the beginning of another generation."""
+
+    kind: str
+    reason: str
+    start: int
+    to: Position
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        return self.data.decode(errors="replace")
+
+    def as_json(self) -> str:
+        fields: dict[str, Any] = {"type": self.kind}
+        if self.kind == "append":
+            fields |= {"generation": self.to.segment.gen.name, "start": self.start, "end": self.to.offset}
+            fields["text"] = self.text
+        elif self.kind == "skip":
+            fields |= {"reason": self.reason, "start": self.start, "end": self.to.offset}
+        else:
+            fields |= {"reason": self.reason, "generation": self.to.segment.gen.name, "start": self.start}
+        return json.dumps(fields | {"cursor": self.to.cursor}, ensure_ascii=False)
+
+
+def settled(at: Position) -> Position:
+    """The same place, at the beginning of the next stretch where one is at its end."""
+    segment, offset = at
+    while offset >= segment.end and segment.next and not segment.next.event:
+        segment, offset, _ = segment.next
+    return Position(segment, offset)
+
+
+def step(at: Position) -> Frame | None:
+    """The next frame from a position; None at the end, and where the follower has to look first."""
+    segment, offset = settled(at)
+    gen, end = segment.gen, segment.end
+    if offset >= end:
+        if segment.next is None:
+            return None
+        segment, offset, event = segment.next
+        return Frame("generation", event, offset, Position(segment, offset), b"")
+    data = gen.read(offset, min(end, offset + FRAME))
+    if not gen.intact() and not segment.next:
+        return None
+    if not data or not gen.intact():  # a rotated file that was changed is as good as a hole
+        to = (gen.intact() and gen.after_hole(offset)) or end
+        return Frame("skip", "hole", offset, Position(segment, min(to, end)), b"")
+    if len(data) == FRAME and offset + FRAME < end:
+        data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
+    return Frame("append", "", offset, Position(segment, offset + len(data)), data)
+
+
+class Log:
+    """The follower: reads what is appended, and notices what else happens to the file."""
+
+    def __init__(self, path: str, interval: float) -> None:
+        self.path, self.interval = path, interval
+        self.gen = Generation(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # until there is a log
+        self.tail = Segment(self.gen)
+        self.pending: collections.deque[tuple[Generation, str]] = collections.deque()
+        self.late: dict[Generation, float] = {}  # rotated files, and until when they are read
+        self.state, self.detail = "missing", "No such file or directory"
+        self.found = False
+        self.amiss = 0.0  # since when something else than our file is at the path, or nothing
+        self.busy, self.unpacking = asyncio.Lock(), asyncio.Lock()
+        self.round = asyncio.Event()
+        self.open()
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    def open(self) -> None:
+        """Begin at the end of the log, and with what is still written to a file that was just rotated."""
+        with contextlib.suppress(OSError):
+            gen = open_file(self.path)
+            self.gen.swap(gen)
+            self.gen.mark(gen.settled())
+            self.found, self.state, self.detail = True, "ok", ""
+        with contextlib.suppress(OSError, StopIteration):
+            old = open_file(next(path for path in siblings(self.path) if not path.endswith(".gz")))
+            old.mark(old.settled())
+            self.tail.before = old.part(old.end) if old.end else NOTHING
+            if time.time() - os.fstat(old.fd).st_ctime < LATE:
+                self.late[old] = time.monotonic() + LATE
+                self.tail.older = self.segment(self.gen).older
+
+    def segment(self, gen: Generation) -> Segment:
+        """A new stretch of one of the files that are read."""
+        files = [*self.late, self.gen]
+        parts = [other.part(other.end) if other.end else "" for other in files]
+        at = files.index(gen)
+        return Segment(gen, filter(None, parts[:at]), filter(None, parts[at + 1 :]))
+
+    def patience(self) -> float:
+        """Seconds until the next check, if no event shortens them."""
+        return min(self.interval, HESITATE) if self.amiss and self.state == "ok" else self.interval
+
+    def folders(self) -> set[str]:
+        return {os.path.dirname(path) or "." for path in (self.path, os.path.realpath(self.path))}
+
+    async def check(self) -> bool:
+        """Read at most a frame of what is new, or see what else happened; true where there may be more."""
+        async with self.busy:
+            try:
+                if not self.gen.intact():
+                    return await self.overwritten()
+                more = self.pull(self.gen)
+                more |= self.read_late()
+                return more or await self.look()
+            except OSError as error:
+                self.trouble("unreadable", error.strerror or "cannot be read")
+                return False
+            finally:
+                self.round.set()
+                self.round = asyncio.Event()
+
+    def pull(self, gen: Generation, final: bool = False) -> bool:
+        """Publish whole lines, and of an unfinished one what is due; true where there may be more."""
+        start = gen.end
+        data = gen.read(start, start + FRAME)
+        if not gen.intact():
+            return True
+        whole = data.rfind(b"\n") + 1
+        if not whole and len(data) == FRAME and (data.strip(b"\0") or os.pread(gen.fd, 1, gen.size - 1) != b"\0"):
+            whole = whole_characters(data)
+        if whole:
+            gen.mark(start + whole)
+        if len(data) == FRAME:
+            return whole > 0
+        rest = data[whole:].rstrip(b"\0")
+        hole = gen.after_hole(gen.end) if gen.size > start + len(data) else None
+        if rest and (final or hole or self.overdue(gen, gen.end + len(rest))):
+            gen.mark(gen.end + (len(rest) if final or hole else whole_characters(rest)))
+        if hole:
+            gen.mark(hole)
+        return hole is not None
+
+    def overdue(self, gen: Generation, end: int) -> bool:
+        """Has nothing been added for an interval?"""
+        now = time.monotonic()
+        if gen.grown[0] != end:
+            gen.grown = end, now
+        return now - gen.grown[1] >= self.interval
+
+    def read_late(self) -> bool:
+        """What is still written to rotated files: a stretch of an older generation each."""
+        more = False
+        for gen, until in list(self.late.items()):
+            start, over = gen.end, time.monotonic() > until
+            if gen.intact():
+                more |= self.pull(gen, final=over)
+            if gen.end > start:
+                self.tail = self.tail.lead(self.segment(gen), start)
+            if over and not more:
+                del self.late[gen]
+            if gen.end > start or over:
+                self.tail = self.tail.lead(self.segment(self.gen), self.gen.end)
+        return more
+
+    async def look(self) -> bool:
+        """Is the log still the file that is open?"""
+        if self.pending:
+            self.begin(*self.pending.popleft())
+            return True
+        try:
+            if self.found and os.path.samestat(os.stat(self.path), os.fstat(self.gen.fd)):
+                return self.fine()
+            new = open_file(self.path)
+        except OSError as error:
+            gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+            self.trouble("missing" if gone else "unreadable", error.strerror or "cannot be read")
+            return False
+        old = self.gen
+        if not self.found or (os.fstat(old.fd).st_nlink == 0 and new.has(old.marks)):
+            old.swap(new)
+            self.found = True
+        elif new.size == 0 and self.hesitates():
+            return False
+        else:
+            same = await self.newer(lambda gen: os.path.sameopenfile(gen.fd, old.fd), packed=False)
+            self.queue(same or await self.newer(self.is_copy), (new, "rotated"))
+        self.fine()
+        return True
+
+    async def overwritten(self) -> bool:
+        """The log was cut or rewritten: go on where it changed; what was unread may be in a copy of it."""
+        old = self.gen
+        shorter = old.size < old.end
+        if old.size == 0 and self.hesitates():
+            return False
+        copies = await self.newer(self.is_copy)
+        start = 0 if copies else old.survivor()
+        new = Generation(os.dup(old.fd), start)
+        reason = "truncated" if shorter or copies else "rewritten"
+        logger.info("log was %s; going on at byte %d", reason, start)
+        if copies:
+            old.swap(copies[0])
+            self.queue(copies, (new, reason))
+        else:
+            old.mark(min(start, old.end))
+            self.gen = new
+            self.tail = self.tail.lead(self.segment(new), start, reason)
+        self.fine()
+        return True
+
+    def is_copy(self, other: Generation) -> bool:
+        """Has it all that was published, and was it written since?"""
+        return os.fstat(other.fd).st_mtime_ns >= self.gen.modified and self.gen.end > 0 and other.has(self.gen.marks)
+
+    async def newer(self, wanted: Callable[[Generation], bool], packed: bool = True) -> list[Generation]:
+        """The rotated files from the wanted one on, oldest first; none where it is not there."""
+        found: list[Generation] = []
+        for path in siblings(self.path):
+            with contextlib.suppress(OSError):
+                if packed or not path.endswith(".gz"):
+                    found.insert(0, await self.open_rotated(path))
+                    if wanted(found[0]):
+                        return found
+        return []
+
+    async def open_rotated(self, path: str, most: int = UNPACKED) -> Generation:
+        if not path.endswith(".gz"):
+            return open_file(path)
+        async with self.unpacking:
+            return await asyncio.to_thread(unpack, path, most)
+
+    def queue(self, chain: list[Generation], last: tuple[Generation, str]) -> None:
+        """Read the files that came after the first of the chain, and then the last."""
+        missed = [gen for gen in chain[1:] if not os.path.sameopenfile(gen.fd, last[0].fd)]
+        self.pending.extend([*((gen, "rotated") for gen in missed), last])
+
+    def begin(self, new: Generation, reason: str) -> None:
+        """The open file is read to its end: from now on the next one is the log."""
+        old = self.gen
+        self.pull(old, final=True)
+        self.late[old] = time.monotonic() + LATE
+        self.gen = new
+        self.tail = self.tail.lead(self.segment(new), 0, reason)
+        logger.info("log was %s; the next file begins", reason)
+
+    def hesitates(self) -> bool:
+        self.amiss = self.amiss or time.monotonic()
+        return time.monotonic() - self.amiss < HESITATE
+
+    def trouble(self, state: str, detail: str) -> None:
+        if self.state != "ok" or not self.hesitates():
+            self.change(state, detail)
+
+    def fine(self) -> bool:
+        self.amiss = 0.0
+        self.change("ok", "")
+        return False
+
+    def change(self, state: str, detail: str) -> None:
+        if (state, detail) != (self.state, self.detail):
+            logger.info("log is %s", f"{state} ({detail})" if detail else state)
+        self.state, self.detail = state, detail
+
+    async def resume(self, cursor: str) -> Position | str:
+        """The position of a cursor, or the reason why there is none: it is checked against the files."""
+        parts = parse_cursor(cursor)
+        if parts is None:
+            return "malformed"
+        looked = False
+        while True:
+            current = self.gen
+            files, owners = await self.locate(parts)
+            if current is not self.gen:
+                continue  # rotated meanwhile
+            newest = owners.get(parts[-1]) if parts else None
+            if newest and parts[-1].offset > newest.end and newest in (current, *self.late):
+                await self.news()  # the reader has to pass first
+            elif newest or not parts:
+                return self.thread(parts, files, owners)
+            elif looked:
+                return "ahead" if parts[-1].offset > current.size else "changed"
+            else:
+                looked = True
+                while await self.check():
+                    await asyncio.sleep(0)
+
+    async def news(self) -> None:
+        """Wait for the next check."""
+        await self.round.wait()
+
+    async def locate(self, parts: list[Part]) -> tuple[list[Generation], dict[Part, Generation]]:
+        """The files, newest first, as far as they are wanted, and which of them proves which part of a cursor."""
+        live = [self.gen, *reversed(self.late)]
+        slots: list[Generation | str] = [*live]
+        for path in siblings(self.path):
+            with contextlib.suppress(OSError):
+                slot = path if path.endswith(".gz") else open_file(path)
+                if isinstance(slot, str) or not any(os.path.sameopenfile(slot.fd, gen.fd) for gen in live):
+                    slots.append(slot)
+        files = [slot for slot in slots if isinstance(slot, Generation)]
+        owners = assign(parts, files)
+        left = UNPACKED
+        for slot in slots:
+            oldest = max((slots.index(gen) for gen in owners.values()), default=-1)
+            if parts and len(owners) == len(parts) and slots.index(slot) > oldest:
+                break
+            if isinstance(slot, str):
+                with contextlib.suppress(OSError):
+                    gen = await self.open_rotated(slot, left)
+                    left -= gen.size
+                    slots[slots.index(slot)] = gen
+                    files = [slot for slot in slots if isinstance(slot, Generation)]
+                    owners = assign(parts, files)
+        return files, owners
+
+    def thread(self, parts: list[Part], files: list[Generation], owners: dict[Part, Generation]) -> Position:
+        """The stretches from a cursor to the end of the stream, in one step, so that nothing falls between."""
+        for gen in files:
+            if gen is not self.gen and gen not in self.late:
+                gen.mark(gen.size)
+        newest = owners[parts[-1]] if parts else None
+        sent = [(owners[part], part) for part in parts[:-1] if part in owners]
+        first = Segment(newest, (str(part) for _, part in sent)) if newest else Segment(self.gen)
+        start = Position(first, parts[-1].offset if parts else 0)
+        last = first
+        for gen, part in sent:
+            last = last.lead(Segment(gen, newer=[first.gen.part(first.end)]), part.offset)
+        missed = files[1 : files.index(newest)] if newest else files[1:]
+        for gen in reversed(missed):
+            last = last.lead(Segment(gen), 0, "rotated")
+        last.stop = last.end
+        same = newest is self.gen
+        last.next = Link(self.tail, self.gen.end if same else 0, "" if same else "rotated")
+        return start
+
+
+class Part(NamedTuple):
+    """What a cursor says of one file."""
+
+    offset: int
+    proof: str
+
+    def __str__(self) -> str:
+        return f"{self.offset}.{self.proof}"
+
+
+def parse_cursor(cursor: str) -> list[Part] | None:
+    """Its parts, oldest file first; none of them where nothing was sent yet; None for nonsense."""
+    if cursor == NOTHING:
+        return []
+    if not re.fullmatch(r"\d{1,18}\.[\w-]{16}(?:~\d{1,18}\.[\w-]{16}){0,7}", cursor, re.ASCII):
+        return None
+    return [Part(int(offset), proof) for offset, proof in (part.split(".") for part in cursor.split("~"))]
+
+
+def assign(parts: list[Part], files: list[Generation]) -> dict[Part, Generation]:
+    """Which file proves which part: of several that do, the one with the right inode, else the newest."""
+    owners: dict[Part, Generation] = {}
+    for part in reversed(parts):
+        proving = [gen for gen in files if gen not in owners.values() and gen.proves(part)]
+        if proving:
+            owners[part] = next((gen for gen in proving if gen.part(part.offset) == str(part)), proving[0])
+    return owners
+
+
+class Watch:
+    """Events of the log's folders (inotify(7)): they only shorten a wait, so that losing them loses no byte."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.add = getattr(libc, "inotify_add_watch", None)
+        self.remove = getattr(libc, "inotify_rm_watch", None)
+        self.fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if self.add else -1
+        self.watched: set[int] = set()
+        if self.fd < 0:
+            logger.info("no file events here: new entries come with the regular check")
+
+    def arm(self, folders: set[str]) -> None:
+        """Watch these folders; adding one again changes nothing, a new one in its place is found."""
+        if self.fd >= 0 and self.add and self.remove:
+            watched = {self.add(self.fd, os.fsencode(folder), EVENTS) for folder in folders} - {-1}
+            for gone in self.watched - watched:
+                self.remove(self.fd, gone)
+            self.watched = watched
+
+    async def wait(self, seconds: float) -> None:
+        """Until something happens in the folders, at most so long."""
+        if self.fd < 0:
+            return await asyncio.sleep(seconds)
+        happened = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.fd, happened.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await happened.wait()
+        loop.remove_reader(self.fd)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.fd, 64 * KIB):
+                pass
+
+
+# One viewer
+
+
+class Connection(ServerConnection):
+    """One client's connection, from its first byte on; the set of all is what a stop ends."""
+
+    everyone: set[Connection] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.everyone.add(self)
+        self.progress = 0, time.monotonic()
+        self.told = "ok", ""
+        # The kernel takes 2.8 MB for a client that reads nothing: with this the write buffer tells the truth.
+        with contextlib.suppress(OSError, AttributeError):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * KIB)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.everyone.discard(self)
+        super().connection_lost(exc)
+
+    @property
+    def socket(self) -> socket.socket:
+        sock: socket.socket = self.transport.get_extra_info("socket")
+        return sock
+
+    @property
+    def buffered(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    @property
+    def speaks_json(self) -> bool:
+        return self.subprotocol == PROTOCOL
+
+    def stuck(self) -> bool:
+        """Has the client taken nothing of what there is for it for a minute? (tcp(7), TCP_INFO)"""
+        try:
+            (queued,) = struct.unpack("i", fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+            (taken,) = struct.unpack_from("=Q", self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 120)
+        except (OSError, AttributeError, struct.error):
+            queued, taken = 0, -self.buffered
+        if taken != self.progress[0] or not (queued or self.buffered):
+            self.progress = taken, time.monotonic()
+        return time.monotonic() - self.progress[1] > STUCK
+
+
+class Viewers:
+    """Those who are live: all at one position, the end of the stream."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.at = Position(log.tail, log.tail.end)
+        self.live: dict[Connection, asyncio.Future[Position]] = {}
+        self.waiting: list[tuple[asyncio.Future[Position], Position]] = []
+        self.spoke = time.monotonic()
+
+    async def join(self, viewer: Connection, at: Position) -> Position:
+        """Be live, until there is something to read for oneself; the position then."""
+        future: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+        if at != self.at:  # the follower has yet to say what happened
+            self.waiting.append((future, at))
+            return await future
+        self.live[viewer] = future
+        try:
+            return await future
+        finally:
+            del self.live[viewer]
+
+    def advance(self) -> None:
+        """Send the live ones what was published since; those who are slow, or all if it is much, read the file."""
+        waiting, self.waiting = self.waiting, []
+        for future, at in waiting:
+            release(future, at)
+        self.tell((self.log.state, self.log.detail))
+        end = Position(self.log.tail, self.log.tail.end)
+        frames = self.batch(end)
+        for viewer, future in self.live.items():
+            if frames is None or viewer.buffered > BACKLOG:
+                release(future, self.at)
+        self.at = end
+        for frame in frames or ():
+            self.send(frame.text if frame.data else None, frame.as_json())
+        if time.monotonic() - self.spoke > QUIET:
+            self.send(None, json.dumps({"type": "checked", "size": self.log.gen.size, "end": self.log.gen.end}))
+
+    def batch(self, end: Position) -> list[Frame] | None:
+        """What all who are live get now; None where each has to read it."""
+        at, size, frames = self.at, 0, []
+        while self.live and size <= BROADCAST and (frame := step(at)):
+            frames.append(frame)
+            at, size = frame.to, size + len(frame.data)
+        return frames if size <= BROADCAST and (settled(at) == end or not self.live) else None
+
+    def tell(self, state: tuple[str, str]) -> None:
+        news = [viewer for viewer in self.live if viewer.told != state and viewer.speaks_json]
+        broadcast(news, state_frame(state))
+        for viewer in news:
+            viewer.told = state
+
+    def send(self, plain: str | None, as_json: str) -> None:
+        """To all who are live and not about to leave."""
+        here = [viewer for viewer, future in self.live.items() if not future.done()]
+        broadcast([viewer for viewer in here if viewer.speaks_json], as_json)
+        if plain is not None:
+            broadcast([viewer for viewer in here if not viewer.speaks_json], plain)
+        self.spoke = time.monotonic()
+
+
+def release(future: asyncio.Future[Position], at: Position) -> None:
+    if not future.done():  # else its viewer has just left
+        future.set_result(at)
+
+
+def state_frame(state: tuple[str, str]) -> str:
+    return json.dumps({"type": "state", "state": state[0], "detail": state[1]})
+
+
+async def watch_along(viewers: Viewers, initial: int, viewer: ServerConnection) -> None:
+    """A viewer's life: fed until it leaves; what it says is read and ignored."""
+    assert isinstance(viewer, Connection)
+    feeding = asyncio.create_task(feed(viewers, initial, viewer))
+    try:
+        async for _ in viewer:
+            pass
+    except ConnectionClosed:
+        pass
+    finally:
+        feeding.cancel()
+        await asyncio.wait([feeding])
+        if not feeding.cancelled() and (error := feeding.exception()):
+            raise error
+
+
+async def feed(viewers: Viewers, initial: int, viewer: Connection) -> None:
+    """First the end of the log, or what came since the cursor; then step by step, and live at the end."""
+    log = viewers.log
+    with contextlib.suppress(ConnectionClosed):
+        at, first = await opening(log, initial, query_of(viewer).get("since"))
+        await viewer.send(json.dumps(first, ensure_ascii=False) if viewer.speaks_json else first["text"])
+        while True:
+            if viewer.speaks_json and viewer.told != (log.state, log.detail):
+                viewer.told = log.state, log.detail
+                await viewer.send(state_frame(viewer.told))
+            elif not (frame := step(at)):
+                at = await viewers.join(viewer, settled(at))
+            else:
+                at = frame.to
+                if viewer.speaks_json or frame.data:
+                    await viewer.send(frame.as_json() if viewer.speaks_json else frame.text)
+
+
+async def opening(log: Log, initial: int, since: str | None) -> tuple[Position, dict[str, Any]]:
+    """Where a viewer begins, and its first frame."""
+    resumed = None if since is None else await log.resume(since)
+    if isinstance(resumed, Position):
+        frame = step(resumed)
+        at = frame.to if frame and frame.kind == "append" and frame.to.segment is resumed.segment else resumed
+        start, text = resumed.offset, frame.text if frame and at is frame.to else ""
+    else:
+        at = Position(log.tail, log.tail.end)
+        start = log.gen.line_start(at.offset, initial)
+        text = log.gen.read(start, at.offset).decode(errors="replace")
+    gen = at.segment.gen
+    return at, {
+        "type": "snapshot",
+        "log": log.name,
+        "generation": gen.name,
+        "resumed": isinstance(resumed, Position),
+        "reason": resumed if isinstance(resumed, str) else None,
+        "start": start,
+        "end": at.offset,
+        "cursor": at.cursor,
+        "size": gen.size,
+        "text": text,
+    }
+
+
+# HTTP
+
+
+class Trouble(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(self, status: int, sentence: str, **headers: str) -> None:
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+
+
+def answer(status: int, body: bytes, kind: str, headers: dict[str, str]) -> Response:
+    phrase = http.HTTPStatus(status).phrase
+    fixed = {
+        "Date": email.utils.formatdate(usegmt=True),
+        "Content-Type": kind,
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(status, phrase, Headers(fixed | headers), body)
+
+
+def refusal(path: str, trouble: Trouble) -> Response:
+    headers = {name.replace("_", "-"): value for name, value in trouble.headers.items()}
+    if path in ("/", "/healthz"):
+        return answer(trouble.status, f"{trouble}\n".encode(), TEXT, headers)
+    return answer(trouble.status, json.dumps({"error": str(trouble)}).encode(), JSON, headers)
+
+
+def query_of(connection: ServerConnection) -> dict[str, str]:
+    """The parameters of the request, the last one of a name."""
+    assert connection.request
+    query = connection.request.path.partition("?")[2]
+    return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
+
+
+async def respond(log: Log, page: bytes, connection: ServerConnection, request: Request) -> Response | None:
+    """Answer a request over HTTP; None lets the WebSocket handshake go on."""
+    path = request.path.partition("?")[0]
+    try:
+        check_form(request)
+        if request.method not in ("GET", "HEAD"):
+            raise Trouble(405, "only GET and HEAD are answered", Allow="GET, HEAD")
+        if path == "/ws/audit":
+            if "websocket" in ",".join(request.headers.get_all("Upgrade")).lower():
+                return None
+            raise Trouble(426, "this address speaks WebSocket", Upgrade="websocket")
+        response = await route(log, page, path, request.headers)
+    except Trouble as trouble:
+        response = refusal(path, trouble)
+    if request.method == "HEAD":
+        response.body = b""
+    return response
+
+
+def check_form(request: Request) -> None:
+    """Refuse what can be read in two ways (RFC 9110, section 5.3; RFC 9112, section 3.2)."""
+    for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
+        if len(request.headers.get_all(name)) > 1:
+            raise Trouble(400, f"{name} is there twice")
+    if not HOST.fullmatch(request.headers.get("Host", "")):
+        raise Trouble(400, "Host is missing or malformed")
+
+
+async def route(log: Log, page: bytes, path: str, headers: Headers) -> Response:
+    if path == "/":
+        return answer(200, page, "text/html; charset=utf-8", {})
+    if path == "/healthz":
+        if log.state != "ok":
+            raise Trouble(503, f"the log is {log.state}: {log.detail}")
+        return answer(200, b"ok\n", TEXT, {})
+    if path != "/api/audit":
+        raise Trouble(404, "there is nothing here")
+    if log.state != "ok":
+        raise Trouble(503, f"the log is {log.state}")
+    gen = log.gen
+    if headers.get("If-Match", "*") not in ("*", f'"{gen.name}"'):
+        raise Trouble(412, "the log is another one by now", ETag=f'"{gen.name}"')
+    return await excerpt(gen, headers.get("Range", ""))
+
+
+async def excerpt(gen: Generation, wanted: str) -> Response:
+    """The latest whole lines, or the range that is wanted (RFC 9110, section 14)."""
+    size = gen.size
+    headers = {"ETag": f'"{gen.name}"', "Accept-Ranges": "bytes"}
+    if not wanted.lower().startswith("bytes="):
+        end = gen.settled()
+        start = gen.line_start(end, 64 * KIB)
+        return answer(200, os.pread(gen.fd, end - start, start), TEXT, headers)
+    start, end = range_of(wanted, size)
+    if start >= end:
+        raise Trouble(416, "there is no such range", Content_Range=f"bytes */{size}", **headers)
+    body = await asyncio.to_thread(os.pread, gen.fd, end - start, start)
+    return answer(206, body, TEXT, headers | {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{size}"})
+
+
+def range_of(wanted: str, size: int) -> tuple[int, int]:
+    """Start and end of one byte range, at most 1 MiB; an empty one for what cannot be."""
+    match = re.fullmatch(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
+    first, last = match.groups() if match else ("", "")
+    if first:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+    elif last:
+        start, end = max(0, size - int(last)), size
+    else:
+        return 0, 0
+    return start, min(end, start + MIB)
+
+
+async def complete(connection: ServerConnection, request: Request, response: Response) -> Response | None:
+    """What the library refuses by itself gets the form of our errors."""
+    if response.status_code not in (400, 403, 405, 426) or "Cache-Control" in response.headers:
+        return None
+    words = bytes(response.body).decode().strip().partition("\n")[0]
+    kept = {name: response.headers[name] for name in ("Upgrade", "Sec-WebSocket-Version") if name in response.headers}
+    return refusal(request.path.partition("?")[0], Trouble(response.status_code, words, **kept))
+
+
+# Running
+
+
+async def follow(log: Log, viewers: Viewers) -> None:
+    """The loop for all viewers: check the size, read what is new once, broadcast it."""
+    watch = Watch()
+    while True:
+        watch.arm(log.folders())  # before the check, so that nothing falls between
+        while await log.check():
+            viewers.advance()
+            await asyncio.sleep(0)
+        viewers.advance()
+        await asyncio.sleep(WINDOW)
+        await watch.wait(max(0.0, log.patience() - WINDOW))
+
+
+async def give_up_stuck() -> None:
+    """Who takes nothing for a minute is cut off; its cursor stays good."""
+    while True:
+        await asyncio.sleep(5)
+        for connection in list(Connection.everyone):
+            if connection.stuck():
+                connection.transport.abort()
+
+
+async def run(options: argparse.Namespace, page: bytes, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    log = Log(options.log, options.interval)
+    await log.check()
+    viewers = Viewers(log)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Complaints())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = await serve(
+        functools.partial(watch_along, viewers, options.initial),
+        sock=listener,
+        backlog=1024,  # connections that wait to be accepted; the default drops some in a storm
+        process_request=functools.partial(respond, log, page),
+        process_response=complete,
+        select_subprotocol=lambda _, offered: PROTOCOL if PROTOCOL in offered else None,
+        create_connection=Connection,
+        server_header=None,
+        compression=None,
+        max_size=KIB,
+        ping_timeout=None,  # pongs wait behind data; `stuck` looks for progress instead
+    )
+    say(f"http://{authority(options.host, listener.getsockname()[1])}/")
+    notify("READY=1")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            working = [tasks.create_task(work) for work in (follow(log, viewers), give_up_stuck())]
+            if options.demo:
+                working.append(tasks.create_task(demonstrate(options.log)))
+            await stop.wait()
+            for task in working:
+                task.cancel()
+    finally:
+        notify("STOPPING=1")
+        await close(server)
+
+
+async def close(server: Server) -> None:
+    """Close the viewers with 1001; what has not ended after a second is cut off, half-sent requests too."""
+    server.close()
+    closed = asyncio.create_task(server.wait_closed())
+    await asyncio.wait([closed], timeout=1)
+    for connection in list(Connection.everyone):
+        connection.transport.abort()
+    await closed
+
+
+class Complaints:
+    """What goes wrong outside of any task, once a minute: with no file descriptor left it is very often."""
+
+    last = -60.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError):
+            return loop.default_exception_handler(context)
+        if time.monotonic() - self.last > 60:
+            self.last = time.monotonic()
+            logger.warning("%s: %s", context["message"], error.strerror)
+
+
+def say(line: str) -> None:
+    """On standard output, wherever that leads, even to a full disk."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{line}\n".encode())
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing happens without it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; `::` takes IPv4 too. OSError when the address is not to be had."""
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
+
+
+def authority(host: str, port: int) -> str:
+    """The address to open: as it was given, or this machine's name where all are listened on."""
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def append_entry(path: str, text: str) -> None:
+    """Add an entry, durably, whole and on a line of its own; OSError when it is not in the log."""
+    stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+    with open(fd, "r+b", buffering=0) as log:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", path)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        size = os.fstat(fd).st_size
+        begun = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        entry = b"\n" * begun + os.fsencode(f"[{stamp}] {text}\n")
+        while entry:
+            entry = entry[log.write(entry) :]
+        os.fsync(fd)
+
+
+async def demonstrate(path: str) -> None:
+    """A plausible entry every second."""
+    while True:
+        append_entry(path, random.choice(DEMO))
+        await asyncio.sleep(1)
+
+
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"audit_stream.py: {message}\n")
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 86400:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most 86400")
+
+
+def parser() -> Parser:
+    parser = Parser(prog="audit_stream.py", description="Watch an audit log live in a browser.", allow_abbrev=False)
+    option = parser.add_argument
+    option("--log", metavar="PATH", help="the log; it may appear later, and may be rotated")
+    option("--host", metavar="ADDRESS", default="127.0.0.1", help="listen address (default: %(default)s)")
+    option("--port", metavar="N", type=whole(0, 65535), default=8080, help="0: any free one (default: %(default)s)")
+    option("--interval", metavar="SECONDS", type=seconds, default=3.0, help="of the size check (default: 3)")
+    option("--initial", metavar="BYTES", type=whole(0, FRAME), default=1000, help="first shown (default: %(default)s)")
+    option("--append", metavar="TEXT", help="write an entry to the log and exit")
+    option("--demo", action="store_true", help="follow a throw-away log that gains an entry every second")
+    option("--version", action="version", version=f"audit_stream.py {VERSION}")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    options = parser().parse_args(argv)
+    if bool(options.log) == options.demo:
+        parser().error("one of --log PATH and --demo is needed" if not options.log else "--demo has a log of its own")
+    if re.search(r"[\r\n]", options.append or ""):
+        parser().error("--append takes one line of text")
+    if options.append is not None and options.demo:
+        parser().error("--append needs --log PATH")
+    return options
+
+
+def append(options: argparse.Namespace) -> None:
+    append_entry(options.log, options.append)
+
+
+def watch(options: argparse.Namespace) -> None:
+    page = (Path(__file__).parent / "static" / "index.html").read_bytes()
+    with tempfile.TemporaryDirectory() if options.demo else contextlib.nullcontext("") as folder:
+        options.log = options.log or os.path.join(folder, "DEMO_AUDIT.log")
+        with listen(options.host, options.port) as listener:
+            asyncio.run(run(options, page, listener))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 after a stop, 1 for what cannot be done, 2 for bad usage."""
+    logging.basicConfig(format="audit_stream: %(message)s")
+    logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # standard error may be on a full disk
+    logging.getLogger("websockets").setLevel(logging.ERROR)
+    options = parse(argv)
+    try:
+        (watch if options.append is None else append)(options)
+    except OSError as error:
+        what = error.filename or (options.log if options.append else f"{options.host}:{options.port}")
+        print(f"audit_stream.py: {what}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,585 @@
+"""Whatever happens to the file: the text that arrives is the text that was written."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import NO_INOTIFY, add, append, lines, pack, shift
+
+FIRST = lines(20)
+MIB = 2**20
+NO_OVERRIDE = () if os.getuid() else ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+CHANGES = []
+CUT = "truncated rewritten"  # it cannot be known which
+
+
+def start(serve, view, log, how="live", **options):
+    """A server with a viewer that has seen the first lines."""
+    append(log, FIRST)
+    server = serve(
+        log, "--initial", 131072, "--interval", 0.3, prefix=NO_INOTIFY if how == "polling" else (), **options
+    )
+    return server, view(server, json=True).wait(FIRST)
+
+
+def change(*reasons):
+    """Something that happens to the log; returns what a viewer must get of it."""
+
+    def note(function):
+        CHANGES.append(pytest.param(function, reasons, id=function.__name__))
+        return function
+
+    return note
+
+
+@change()
+def grows(log):
+    return add(log, "a") + add(log, "b")
+
+
+@change("rotated")
+def renamed_and_created(log):
+    added = add(log, "a")
+    log.rename(f"{log}.1")
+    return added + add(log, "b")
+
+
+@change("rotated", "rotated", "rotated")
+def rotated_three_times(log):
+    added = add(log, "a", 100)
+    for tag in "bcd":
+        shift(log)
+        added += add(log, tag, 100)
+    return added
+
+
+@change("rotated", "rotated", "rotated")
+def rotated_to_dates(log):
+    added = add(log, "a")
+    for day, separator, tag in zip((17, 18, 19), "-.-", "bcd", strict=True):
+        log.rename(f"{log}{separator}202512{day}")
+        added += add(log, tag)
+    return added
+
+
+@change("rotated", "rotated", "rotated")
+def rotated_and_packed(log):
+    added = add(log, "a")
+    for tag in "bcd":
+        shift(log)
+        pack(Path(f"{log}.1"))
+        added += add(log, tag)
+    return added
+
+
+@change("rotated", "rotated")
+def rotated_and_the_middle_one_empty(log):
+    added = add(log, "a")
+    shift(log)
+    log.touch()
+    shift(log)
+    return added + add(log, "b")
+
+
+@change("rotated", "rotated")
+def rotated_with_identical_lines(log):
+    added = append(log, "same\n" * 1000)
+    shift(log)
+    added += append(log, "same\n" * 1000)
+    shift(log)
+    return (added + append(log, "same\n" * 1000)).decode()
+
+
+@change("rotated")
+def deleted_and_recreated_shorter(log):
+    log.unlink()
+    return add(log, "a", 1)
+
+
+@change("rotated")
+def deleted_and_recreated_equally_long(log):
+    log.unlink()
+    return append(log, "x" * (len(FIRST.encode()) - 1) + "\n").decode()
+
+
+@change("rotated")
+def deleted_and_recreated_longer(log):
+    added = add(log, "a")
+    log.unlink()
+    return added + add(log, "b", 200)
+
+
+@change("rotated")
+def replaced_by_a_new_file(log):
+    new = Path(f"{log}.new")
+    added = add(log, "a") + add(new, "b", 200)
+    new.replace(log)
+    return added
+
+
+@change("rotated")
+def replaced_by_a_copy_while_the_old_one_keeps_a_name(log):
+    log.rename(f"{log}.1")
+    shutil.copy(f"{log}.1", log)
+    return FIRST + add(log, "a")
+
+
+@change()
+def replaced_by_an_identical_copy(log):
+    shutil.copy(log, f"{log}.new")
+    os.replace(f"{log}.new", log)
+    return add(log, "a")
+
+
+@change()
+def edited_by_a_copy_with_more_lines(log):
+    copy = Path(shutil.copy(log, f"{log}.new"))
+    added = add(copy, "a")
+    copy.replace(log)
+    return added + add(log, "b")
+
+
+@change("truncated")
+def truncated(log):
+    os.truncate(log, 0)
+    return add(log, "a")
+
+
+@change("truncated")
+def cut_in_its_last_line(log):
+    os.truncate(log, len(FIRST.encode()) - 20)
+    return add(log, "0")
+
+
+@change(CUT)
+def truncated_and_grown_longer(log):
+    os.truncate(log, 0)
+    return add(log, "a", 200)
+
+
+@change(CUT)
+def truncated_and_grown_equally_long(log):
+    os.truncate(log, 0)
+    return append(log, "x" * (len(FIRST.encode()) - 1) + "\n").decode()
+
+
+@change("rewritten")
+def edited_in_place(log):
+    with open(log, "r+b") as file:
+        file.seek(60)
+        file.write(b"####")
+    return log.read_bytes()[60:].decode() + add(log, "a")
+
+
+@change("truncated")
+def copied_and_truncated(log):
+    added = add(log, "a")
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+    return added + add(log, "b")
+
+
+@change(CUT)
+def copied_and_truncated_and_grown_longer(log):
+    added = add(log, "a")
+    shutil.copy(log, f"{log}-20251217")
+    os.truncate(log, 0)
+    return added + add(log, "b", 300)
+
+
+@pytest.mark.parametrize("how", ["live", "away", "polling"])
+@pytest.mark.parametrize(("happens", "reasons"), CHANGES)
+def test_the_text_is_what_was_written_when_the_log(happens, reasons, how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+
+    with server.looking_away() if how == "away" else contextlib.nullcontext():
+        added = happens(log)
+    append(log, "marker\n")
+    viewer.wait("marker\n")
+
+    assert viewer.joined() == FIRST + added + "marker\n"
+    assert len(viewer.reasons()) == len(reasons)
+    assert all(got in allowed.split() for got, allowed in zip(viewer.reasons(), reasons, strict=True))
+
+
+def test_a_plain_viewer_gets_the_same_text(serve, view, log):
+    append(log, FIRST)
+    server = serve(log, "--initial", 131072)
+    viewer, expected = view(server).wait(FIRST), FIRST
+
+    for happens in (renamed_and_created, replaced_by_an_identical_copy, truncated, deleted_and_recreated_longer):
+        expected += happens(log)
+        viewer.wait(expected)
+
+    assert viewer.text == expected
+
+
+@pytest.mark.parametrize("how", ["live", "polling"])
+def test_many_quick_rotations_lose_no_line(how, serve, view, log):
+    _, viewer = start(serve, view, log, how)
+    written = FIRST
+
+    for number in range(40):
+        shift(log)
+        written += add(log, f"round {number}")
+    append(log, "marker\n")
+    viewer.wait("marker\n")
+
+    assert viewer.joined() == written + "marker\n"
+
+
+def test_a_small_window_decides_where_a_long_log_goes_on(serve, view, log):
+    append(log, lines(1000))
+    server = serve(log)
+    viewer = view(server, json=True).wait("entry 00000999 ")
+    size = log.stat().st_size
+
+    with open(log, "r+b") as file:
+        file.seek(10)
+        file.write(b"#")
+    append(log, "unnoticed\n")
+    viewer.wait("unnoticed\n")
+    with open(log, "r+b") as file:
+        file.seek(size - 2000)
+        file.write(b"#")
+    viewer.wait(lambda it: it.reasons())
+    append(log, "marker\n")
+    viewer.wait("marker\n")
+
+    (edit,) = viewer.of("generation")
+    assert (edit["reason"], edit["start"]) == ("rewritten", size - 2000)
+    assert viewer.joined().endswith(log.read_bytes()[size - 2000 :].decode(errors="replace"))
+
+
+@pytest.mark.parametrize("create", [True, False], ids=["at once", "later"])
+def test_late_lines_of_a_renamed_log_arrive_once(create, serve, view, log):
+    server, viewer = start(serve, view, log)
+    with open(log, "ab", buffering=0) as old:
+        log.rename(f"{log}.1")
+        if create:
+            add(log, "new")
+            viewer.wait("new: entry 9 ")
+        for number in range(5):
+            old.write(f"late {number}\n".encode())
+            viewer.wait(f"late {number}\n")
+            append(log, f"new {number}\n") if create else None
+            time.sleep(0.4)
+    append(log, "marker\n")
+    viewer.wait("marker\n")
+
+    viewer.joined()
+    assert viewer.texts() == [Path(f"{log}.1").read_text(), log.read_text()]
+    assert viewer.reasons() == ["rotated"]
+
+
+@pytest.mark.parametrize("how", ["live", "away"])
+def test_a_line_unfinished_at_the_rotation_stays_with_its_file(how, serve, view, log):
+    server, viewer = start(serve, view, log)
+
+    with server.looking_away() if how == "away" else contextlib.nullcontext():
+        append(log, "unfinished")
+        log.rename(f"{log}.1")
+        added = add(log, "new")
+    viewer.wait("unfinished").wait(added)
+
+    viewer.joined()
+    assert viewer.texts() == [FIRST + "unfinished", added]
+
+
+# the log is not there, or is no log
+
+
+def test_a_log_that_appears_later_is_shown_from_its_start(serve, view, tmp_path):
+    log = tmp_path / "later" / "even later" / "log"
+    server = serve(log, "--interval", 0.3)
+    viewer = view(server, json=True).wait(lambda it: it.states() == ["missing"])
+
+    log.parent.mkdir(parents=True)
+    written = add(log, "a", 100)
+    viewer.wait(written)
+
+    assert viewer.text == written
+    assert (viewer.states(), viewer.reasons()) == (["missing", "ok"], [])
+    assert [frame["type"] for frame in viewer.frames][-2:] == ["state", "append"]
+
+
+def test_a_missing_log_is_told_and_its_return_is_a_rotation(serve, view, log):
+    server, viewer = start(serve, view, log)
+
+    log.rename(f"{log}.1")
+    viewer.wait(lambda it: it.states() == ["missing"])
+    late = add(Path(f"{log}.1"), "late")
+    viewer.wait(late)
+    status = server.get("/healthz")[0], server.get("/api/audit")[0]
+    newcomer = view(server, json=True).wait(lambda it: it.states() == ["missing"])
+    written = add(log, "new")
+
+    assert viewer.wait(written).joined() == FIRST + late + written
+    assert (viewer.states(), viewer.reasons(), status) == (["missing", "ok"], ["rotated"], (503, 503))
+    assert newcomer.wait(written).states() == ["missing", "ok"]
+    assert server.get("/healthz")[0] == 200
+
+
+def test_a_rotation_is_no_time_without_a_log(serve, view, log):
+    _, viewer = start(serve, view, log)
+
+    written = "".join(renamed_and_created(log) for _ in range(5))
+    viewer.wait(written)
+
+    assert viewer.states() == []
+
+
+def test_the_folder_may_go_and_come_back(serve, view, tmp_path):
+    log = tmp_path / "folder" / "log"
+    log.parent.mkdir()
+    _, viewer = start(serve, view, log)
+    expected = FIRST
+
+    for tag in "abc":
+        shutil.rmtree(log.parent)
+        log.parent.mkdir()
+        expected += add(log, tag)
+        viewer.wait(expected)
+
+    assert viewer.joined() == expected
+    assert viewer.reasons() == ["rotated"] * 3
+
+
+OBSTACLES = {
+    "directory": os.mkdir,
+    "fifo": os.mkfifo,
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_is_no_log_blocks_nothing(obstacle, serve, view, log, tmp_path):
+    server, viewer = start(serve, view, log)
+
+    log.rename(f"{log}.1")
+    OBSTACLES[obstacle](log)
+    viewer.wait(lambda it: it.states())
+    asked = time.monotonic()
+    status, _, body = server.get("/healthz")
+    waited = time.monotonic() - asked
+    log.rename(tmp_path / "aside")
+    written = add(log, "new")
+    viewer.wait(written)
+
+    trouble, ok = viewer.of("state")
+    known = {"dangling link": ["missing"], "loop": ["missing", "unreadable"]}
+    assert trouble["state"] in known.get(obstacle, ["unreadable"]) and ok["state"] == "ok"
+    assert trouble["detail"] and str(tmp_path) not in trouble["detail"]
+    assert status == 503 and waited < 1 and str(tmp_path) not in body.decode()
+    assert viewer.joined() == FIRST + written
+
+
+@pytest.mark.parametrize("put", OBSTACLES.values(), ids=OBSTACLES.keys())
+def test_it_starts_with_what_is_no_log(put, serve, view, log, tmp_path):
+    put(log)
+    server = serve(log, "--interval", 0.3)
+    viewer = view(server, json=True).wait(lambda it: it.of("state"))
+
+    log.rename(tmp_path / "aside")
+    written = add(log, "new")
+
+    assert viewer.wait(written).text == written
+    assert viewer.states()[-1] == "ok"
+
+
+def test_a_log_that_may_no_longer_be_read_is_read_on(serve, view, log):
+    server, viewer = start(serve, view, log, prefix=NO_OVERRIDE)
+
+    log.chmod(0)
+    written = add(log, "a")
+    viewer.wait(written)
+    log.rename(f"{log}.1")
+    written += add(log, "b")
+    viewer.wait("b: entry 9 ")
+
+    assert viewer.joined() == FIRST + written
+
+
+def test_a_new_log_that_may_not_be_read_is_read_later(serve, view, log):
+    server, viewer = start(serve, view, log, prefix=NO_OVERRIDE)
+    new = Path(f"{log}.new")
+    written = add(new, "new")
+    new.chmod(0)
+
+    log.rename(f"{log}.1")
+    new.rename(log)
+    viewer.wait(lambda it: it.states() == ["unreadable"])
+    written += add(log, "more")
+    status = server.get("/healthz")[0]
+    log.chmod(0o644)
+    viewer.wait(written)
+
+    assert viewer.joined() == FIRST + written
+    assert (status, viewer.states(), viewer.reasons()) == (503, ["unreadable", "ok"], ["rotated"])
+
+
+# links
+
+
+@pytest.mark.parametrize("how", ["live", "away"])
+def test_a_link_is_followed_and_may_turn_to_another_file(how, serve, view, log, tmp_path):
+    targets = [tmp_path / name / "target" for name in "abc"]
+    for target in targets:
+        target.parent.mkdir()
+    log.symlink_to(targets[0])
+    server, viewer = start(serve, view, log)
+    expected = FIRST
+
+    for target in targets[1:]:
+        with server.looking_away() if how == "away" else contextlib.nullcontext():
+            expected += add(log, f"more before {target.parent.name}") + add(target, target.parent.name)
+            Path(f"{log}.link").symlink_to(target)
+            os.replace(f"{log}.link", log)
+        viewer.wait(expected)
+
+    assert viewer.joined() == expected
+    assert viewer.reasons() == ["rotated", "rotated"]
+
+
+# holes and room
+
+
+def check_hole(viewer, expected):
+    assert viewer.joined().replace("\0", "") == expected
+    assert viewer.text.count("\0") < 16384
+    assert viewer.of("skip") and {frame["reason"] for frame in viewer.of("skip")} == {"hole"}
+
+
+def test_a_hole_is_skipped(serve, view, log):
+    server, viewer = start(serve, view, log, dev=False)
+    before = server.memory()
+
+    os.truncate(log, len(FIRST.encode()) + 2**31)
+    added = append(log, "\n").decode() + add(log, "a")
+    viewer.wait(added, seconds=5)
+
+    check_hole(viewer, FIRST + added)
+    assert server.peak() - before < 50 * MIB
+    assert sum(frame["end"] - frame["start"] for frame in viewer.of("skip")) > 2**31 - 16384
+
+
+def test_a_writer_that_goes_on_where_it_was_leaves_a_hole(serve, view, log):
+    server, viewer = start(serve, view, log)
+    with open(log, "r+b", buffering=0) as writer:
+        writer.seek(0, os.SEEK_END)
+        writer.write(lines(1000, 20).encode())
+        viewer.wait("entry 00001019 ").wait(lambda it: it.text.endswith("\n"))
+
+        os.truncate(log, 0)
+        writer.write(b"0: after the hole\n")
+        viewer.wait("0: after the hole\n")
+
+    check_hole(viewer, lines(1020) + "0: after the hole\n")
+    assert viewer.reasons()[0] in CUT.split()
+
+
+def test_a_huge_log_is_opened_at_its_end(serve, view, log):
+    log.touch()
+    os.truncate(log, 10 * 2**30)
+    append(log, "\n" + FIRST)
+    server = serve(log, "--initial", 131072, dev=False)
+
+    asked = time.monotonic()
+    viewer = view(server).wait(FIRST)
+
+    assert viewer.times[0] - asked < 1 and viewer.text.lstrip("\0\n") == FIRST
+    assert server.peak() < 64 * MIB
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before the start", "later"])
+def test_room_that_a_writer_took_is_no_log(early, serve, view, log):
+    expected = "".join(f"entry {number}\n" for number in range(300))
+    with open(log, "wb", buffering=0) as writer:
+        if early:
+            os.posix_fallocate(writer.fileno(), 0, 2**20)
+        viewer = view(serve(log, "--interval", 0.2), json=True).wait(lambda it: it.frames)
+        if not early:
+            os.posix_fallocate(writer.fileno(), 0, 2**20)
+        for line in expected.splitlines(True):
+            writer.write(line.encode())
+            time.sleep(0.001)
+        viewer.wait("entry 299\n")
+        os.ftruncate(writer.fileno(), len(expected))
+        writer.write(b"marker\n")
+        viewer.wait("marker\n")
+
+    assert viewer.joined() == expected + "marker\n"
+
+
+# slow viewers and files that go
+
+
+@pytest.mark.parametrize("happens", [renamed_and_created, deleted_and_recreated_longer, rotated_three_times])
+def test_a_viewer_that_lags_gets_the_rest_of_a_file_that_is_gone(happens, serve, view, log):
+    server, quick = start(serve, view, log, dev=False)
+    slow = view(server, json=True, receive_buffer=4096).wait(FIRST)
+    slow.hold()
+
+    written = append(log, lines(50_000, 20)).decode() + happens(log)
+    quick.wait(written[-20:], 20)
+    for path in log.parent.glob(f"{log.name}.*"):
+        path.unlink()
+    slow.release()
+    slow.wait(written[-20:], 30)
+
+    assert slow.joined() == quick.joined() == FIRST + written
+
+
+def test_a_viewer_that_lags_is_told_where_bytes_are_gone(serve, view, log):
+    server, quick = start(serve, view, log, dev=False)
+    slow = view(server, json=True, receive_buffer=4096).wait(FIRST)
+    slow.hold()
+
+    written = FIRST + append(log, lines(50_000, 20)).decode()
+    quick.wait("entry 00050019 ")
+    os.truncate(log, 0)
+    added = add(log, "new")
+    quick.wait(added)
+    slow.release()
+    slow.wait(added, 20)
+
+    got = slow.joined()
+    assert set(slow.reasons()) <= set(CUT.split()) and got.endswith(added)
+    assert written.startswith(got.removesuffix(added))
+
+
+@pytest.mark.skipif(not shutil.which("chattr"), reason="no chattr")
+def test_an_append_only_log_is_followed(serve, view, log):
+    _, viewer = start(serve, view, log)
+    if subprocess.run(["chattr", "+a", log], capture_output=True).returncode:
+        pytest.skip("chattr +a does not work here")
+    try:
+        added = add(log, "a")
+        viewer.wait(added)
+    finally:
+        subprocess.run(["chattr", "-a", log], check=True)
+
+    assert viewer.text == FIRST + added
+
+
+def test_more_events_than_the_kernel_keeps_lose_nothing(serve, view, log):
+    server, viewer = start(serve, view, log)
+    names = [log.with_name(f"noise {number}") for number in range(2)]
+
+    with server.looking_away():
+        for _, name in zip(range(10_000), itertools.cycle(names), strict=False):
+            name.touch()
+            name.unlink()
+        added = renamed_and_created(log)
+    viewer.wait(added)
+
+    assert viewer.joined() == FIRST + added

@@ -1,0 +1,431 @@
+"""A cursor goes on where it was, on any process that has the same bytes; else it says that it does not."""
+
+import contextlib
+import gzip
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import NO_INOTIFY, add, append, lines, pack, shift
+
+FIRST = lines(200)
+
+
+def watch(server, view, until=FIRST[-40:], **options):
+    return view(server, json=True, **options).wait(until)
+
+
+def cursor_at_the_end(serve, view, log):
+    """A server, and the cursor of a viewer that has seen the whole log."""
+    server = serve(log)
+    viewer = watch(server, view)
+    viewer.close()
+    return server, viewer.cursor
+
+
+def the_same(server, serve, log):
+    return server
+
+
+def restarted(server, serve, log):
+    assert server.stop() == 0
+    return serve(log)
+
+
+def killed(server, serve, log):
+    server.kill()
+    return serve(log)
+
+
+def another(server, serve, log):
+    return serve(log)
+
+
+def a_copy_elsewhere(server, serve, log):
+    elsewhere = shutil.copytree(log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copyfile)
+    return serve(elsewhere / log.name)
+
+
+# what is written while nobody watches; how many rotations
+
+
+def grown(log):
+    return add(log, "a"), 0
+
+
+def grown_much(log):
+    return append(log, lines(20_000, 1000)).decode(), 0
+
+
+def rotated_at_the_cursor(log):
+    shift(log)
+    return add(log, "b"), 1
+
+
+def rotated(log, tags="b", packed=(), limit=10):
+    added = add(log, "a")
+    for tag in tags:
+        shift(log)
+        added += add(log, tag, limit)
+    for number in packed:
+        pack(Path(f"{log}.{number}"))
+    return added, len(tags)
+
+
+def rotated_twelve_times(log):
+    return rotated(log, "bcdefghijklm")
+
+
+def rotated_and_packed(log):
+    return rotated(log, "bcd", packed=(3, 2))
+
+
+def rotated_and_all_packed(log):
+    return rotated(log, packed=(1,))
+
+
+def rotated_to_dates(log, separator="-"):
+    added = add(log, "a")
+    for day, tag in ((17, "b"), (18, "c")):
+        log.rename(f"{log}{separator}202512{day}")
+        added += add(log, tag)
+    return added, 2
+
+
+def rotated_to_dates_with_dots(log):
+    return rotated_to_dates(log, ".")
+
+
+def copied_and_truncated(log):
+    added = add(log, "a")
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+    return added + add(log, "b"), 1
+
+
+@pytest.fixture
+def log(tmp_path):
+    """In a folder that can be copied."""
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here" / "AUTO_REPAIR_AUDIT.log"
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        grown,
+        grown_much,
+        rotated_at_the_cursor,
+        rotated,
+        rotated_twelve_times,
+        rotated_and_packed,
+        rotated_and_all_packed,
+        rotated_to_dates,
+        rotated_to_dates_with_dots,
+        copied_and_truncated,
+    ],
+)
+def test_a_cursor_goes_on_where_it_was_on_any_server(happens, serve, view, log):
+    end = len(append(log, FIRST))
+    server, cursor = cursor_at_the_end(serve, view, log)
+
+    added, rotations = happens(log)
+    places = [place(server, serve, log) for place in (the_same, another, a_copy_elsewhere)]
+    viewers = [view(place, json=True, since=cursor) for place in places]
+    for path in {place.log for place in places}:
+        append(path, "marker\n")
+
+    for viewer in viewers:
+        assert viewer.wait("marker\n").joined() == added + "marker\n"
+        assert (viewer.frames[0]["resumed"], viewer.frames[0]["reason"], viewer.frames[0]["start"]) == (True, None, end)
+        assert len(viewer.reasons()) == rotations
+
+
+@pytest.mark.parametrize("place", [the_same, restarted])
+def test_a_cursor_waits_for_a_log_that_is_away(place, serve, view, log):
+    append(log, FIRST)
+    server, cursor = cursor_at_the_end(serve, view, log)
+
+    added = add(log, "a")
+    log.rename(f"{log}.1")
+    viewer = watch(place(server, serve, log), view, until=added, since=cursor)
+    added += add(log, "new")
+
+    assert viewer.wait(added).joined() == added
+    assert viewer.frames[0]["resumed"] and viewer.reasons() == ["rotated"]
+
+
+def test_every_cursor_on_the_way_is_good(serve, view, log):
+    append(log, FIRST)
+    server = serve(log, "--initial", 131072)
+    viewer, written = watch(server, view), FIRST
+
+    for tag in "abc":
+        written += add(log, tag, 3)
+        viewer.wait(written)
+        log.rename(f"{log}.{'cba'.index(tag) + 1}")
+        written += add(log, f"{tag} rotated", 3)
+        viewer.wait(written)
+    other, seen = serve(log), 0
+
+    for frame in [frame for frame in viewer.frames if "cursor" in frame]:
+        seen += len(frame.get("text", ""))
+        rest = written[seen:]
+        for place in (server, other):
+            resumed = view(place, json=True, since=frame["cursor"])
+            assert resumed.wait(lambda it, rest=rest: it.text == rest and it.frames).frames[0]["resumed"]
+            resumed.joined()
+            resumed.close()
+
+
+def test_a_reconnecting_viewer_misses_nothing_of_a_burst_with_kills(serve, view, log):
+    append(log, FIRST)
+    over = threading.Event()
+
+    def write():
+        for number in range(200, 20_000, 20):
+            append(log, lines(20, number))
+            if number % 5000 == 0:
+                log.rename(f"{log}.{4 - number // 5000}")
+            time.sleep(0.001)
+        over.set()
+
+    writer = threading.Thread(target=write)
+    server, text, cursor = serve(log, "--initial", 131072, dev=False), "", None
+    writer.start()
+
+    while True:
+        last = over.is_set()
+        viewer = view(server, json=True, since=cursor)
+        viewer.wait((lambda it: len(it.frames) > 3 or over.is_set()) if not last else lines(1, 19_999))
+        server.kill()
+        viewer.closed()
+        text, cursor = text + viewer.joined(), viewer.cursor
+        if last:
+            break
+        server = serve(log, dev=False)
+    writer.join()
+
+    assert text == FIRST + lines(19_800, 200)
+
+
+@pytest.mark.parametrize("rotations", [0, 1, 2])
+def test_identical_lines_are_told_apart_by_the_process_that_saw_them(rotations, serve, view, log):
+    append(log, "same\n" * 500)
+    server = serve(log, "--initial", 131072)
+    follower = watch(server, view, until="same\n" * 500)
+    viewer = watch(server, view, until="same\n" * 500)
+    viewer.close()
+
+    expected = append(log, "same\n" * 300).decode()
+    for number in range(rotations, 0, -1):
+        log.rename(f"{log}.{number}")
+        expected += append(log, "same\n" * 800).decode()
+        follower.wait("same\n" * 500 + expected)
+    resumed = view(server, json=True, since=viewer.cursor)
+    append(log, "marker\n")
+    resumed.wait("marker\n")
+
+    assert resumed.joined() == expected + "marker\n"
+    assert resumed.frames[0]["resumed"] and len(resumed.reasons()) == rotations
+
+
+def test_identical_lines_of_one_file_are_resumed_anywhere(serve, view, log):
+    append(log, "same\n" * 500)
+    server = serve(log, "--initial", 131072)
+    viewer = watch(server, view, until="same\n" * 500)
+    viewer.close()
+    append(log, "same\n" * 300)
+
+    for place in (restarted, a_copy_elsewhere):
+        resumed = watch(place(server, serve, log), view, until="same\n" * 300, since=viewer.cursor)
+        assert resumed.joined() == "same\n" * 300 and resumed.frames[0]["resumed"]
+
+
+@pytest.mark.parametrize("place", [the_same, restarted, killed])
+def test_late_lines_of_a_rotated_file_arrive_once_after_a_resume(place, serve, view, log):
+    append(log, FIRST)
+    server = serve(log)
+    with open(log, "ab", buffering=0) as old:
+        viewer = watch(server, view)
+        log.rename(f"{log}.1")
+        viewer.wait(add(log, "new", 3))
+        old.write(b"late, seen\n")
+        viewer.wait("late, seen\n").close()
+
+        old.write(b"late, while away\n")
+        added = add(log, "while away", 3)
+        resumed = view(place(server, serve, log), json=True, since=viewer.cursor)
+        resumed.wait("late, while away\n").wait(added)
+        old.write(b"late again\n")
+        append(log, "marker\n")
+        resumed.wait("late again\n").wait("marker\n")
+
+    assert resumed.frames[0]["resumed"]
+    assert sorted(resumed.text.splitlines()) == sorted(
+        ["late, while away", "late again", *added.splitlines(), "marker"]
+    )
+
+
+def test_a_line_written_late_while_no_server_ran_is_not_lost(serve, view, log):
+    append(log, FIRST)
+    server = serve(log)
+    viewer = watch(server, view)
+    with open(log, "ab", buffering=0) as old:
+        log.rename(f"{log}.1")
+        viewer.wait(add(log, "new", 3))
+        viewer.close()
+        server.stop()
+
+        old.write(b"late, no server\n")
+        resumed = watch(serve(log), view, until="late, no server\n", since=viewer.cursor)
+
+    assert resumed.text == "late, no server\n"
+
+
+def test_an_empty_new_log_is_resumed_from_the_end_of_the_old_one(serve, view, log):
+    append(log, FIRST)
+    server = serve(log)
+    viewer = watch(server, view)
+    log.rename(f"{log}.1")
+    log.touch()
+    viewer.wait(lambda it: it.reasons() == ["rotated"]).close()
+    server.stop()
+
+    added = add(log, "new")
+    resumed = watch(serve(log), view, until=added, since=viewer.cursor)
+
+    assert resumed.joined() == added
+    assert resumed.frames[0]["resumed"]
+
+
+def test_a_resume_is_checked_against_the_file_not_the_reader(serve, view, log):
+    append(log, FIRST)
+    server = serve(log)
+    sleepy = serve(log, "--interval", 3, prefix=NO_INOTIFY)
+    watch(sleepy, view)
+    viewer = watch(server, view)
+    added = add(log, "a")
+    viewer.wait(added)
+
+    resumed = view(sleepy, json=True, since=viewer.cursor).wait(lambda it: it.frames)
+    added = add(log, "b")
+    resumed.wait(added)
+
+    assert resumed.frames[0]["resumed"] and resumed.joined() == added
+
+
+# cursors that are no good
+
+
+def refused(viewer, log):
+    """The reason; and the viewer has the end of the log, as a new one has."""
+    snapshot = viewer.wait(lambda it: it.frames).frames[0]
+    assert snapshot["resumed"] is False and snapshot["reason"]
+    written = log.read_bytes()
+    assert snapshot["end"] == len(written) and 0 < len(snapshot["text"].encode()) <= 1000
+    assert written.decode().endswith(snapshot["text"])
+    return snapshot["reason"]
+
+
+FORGED = ["x", "v1.5.AAAA", "-1", "0", "9" * 400, "é\0\n", "../../etc/passwd", "A" * 4000, "[[", '{"a": 1}', "v1.0.-.-"]
+
+
+def test_a_forged_cursor_gets_a_snapshot_and_a_reason(serve, view, log, tmp_path):
+    append(log, FIRST)
+    server, cursor = cursor_at_the_end(serve, view, log)
+    other = tmp_path / "other.log"
+    append(other, add(other, "other", 500))
+    foreign = watch(serve(other), view, until="entry 499 ").cursor
+    chance = random.Random(3)
+    broken = [cursor[:-3], cursor[3:], cursor * 2, cursor.swapcase()]
+    for place in [chance.randrange(len(cursor)) for _ in range(20)]:
+        broken.append(cursor[:place] + ("0" if cursor[place] != "0" else "1") + cursor[place + 1 :])
+
+    for forged in [*FORGED, foreign, *broken]:
+        viewer = view(server, json=True, since=forged)
+        refused(viewer, log)
+        viewer.close()
+
+    viewer = view(server, json=True, since=cursor).wait(lambda it: it.frames)
+    assert viewer.frames[0]["resumed"] and server.errors().count("\n") < 5
+
+
+def edited(log):
+    with open(log, "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"####")
+
+
+def deleted(log):
+    log.unlink()
+    add(log, "new", 300)
+
+
+def truncated(log):
+    os.truncate(log, 0)
+    add(log, "new", 2000)
+
+
+@pytest.mark.parametrize("place", [another, a_copy_elsewhere])
+@pytest.mark.parametrize("happens", [edited, deleted, truncated])
+def test_a_cursor_of_bytes_that_are_gone_is_refused(happens, place, serve, view, log):
+    append(log, FIRST)
+    server, cursor = cursor_at_the_end(serve, view, log)
+
+    happens(log)
+
+    refused(view(place(server, serve, log), json=True, since=cursor), log)
+
+
+def test_a_cursor_beyond_the_end_is_ahead_until_the_file_has_caught_up(serve, view, log, tmp_path):
+    append(log, FIRST)
+    copy = Path(shutil.copy(log, tmp_path / "copy.log"))
+    added = add(log, "a")
+    cursor = watch(serve(log), view, until=added[-40:]).cursor
+    replica = serve(copy)
+
+    reason = refused(view(replica, json=True, since=cursor), copy)
+    append(copy, added)
+    again = view(replica, json=True, since=cursor)
+    append(copy, "marker\n")
+
+    assert reason == "ahead"
+    assert again.wait("marker\n").text == "marker\n" and again.frames[0]["resumed"]
+
+
+def test_a_cursor_of_an_empty_log_never_leaves_a_silent_gap(serve, view, log):
+    log.touch()
+    server = serve(log)
+    viewer = view(server, json=True).wait(lambda it: it.frames)
+    viewer.close()
+    server.stop()
+
+    written = add(log, "a")
+    resumed = view(serve(log), json=True, since=viewer.cursor).wait(written[-40:])
+
+    assert resumed.text == written if resumed.frames[0]["resumed"] else resumed.frames[0]["reason"]
+
+
+def test_many_siblings_and_forged_cursors_are_bounded_work(serve, view, log):
+    append(log, FIRST)
+    server, cursor = cursor_at_the_end(serve, view, log)
+    written = append(log, lines(30_000, 1000))
+    packed = gzip.compress(written, 1)
+    for number in range(1, 100):
+        append(Path(f"{log}.{number}.gz"), packed)
+    stale = cursor.replace(cursor[-5:], "AAAAA")
+
+    asked = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.callback(view(server, json=True, since=stale).close)
+        delay = time.monotonic()
+        server.get("/healthz")
+        delay = time.monotonic() - delay
+
+    assert delay < 1 and time.monotonic() - asked < 10
