@@ -98,7 +98,7 @@ DEMO = (
     "Auto-repair: ERROR restart of prometheus failed, trying again",
     "Weekly self-heal: Completed – ✅ All checks passed",
 )
-NOTHING = "0"  # the cursor before the first byte of the first file
+NOTHING = "0.nothing-was-sent-yet"  # the cursor before the first byte of the first file
 
 logger = logging.getLogger("audit_stream")
 
@@ -141,14 +141,13 @@ class Generation:
 
     @property
     def name(self) -> str:
-        """Derived from the first line (of a long one its first 4 KiB); empty as long as there is none."""
+        """Derived from the first line, of a long one from its first 4 KiB; from nothing where there is none yet."""
         if not self.given:
             first, newline, _ = os.pread(self.fd, EDGE, 0).partition(b"\n")
-            if newline or len(first) == EDGE:
-                base = hashlib.sha256(first).hexdigest()[:16]
-                names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
-                self.given = next(name for name in names if self.may_be(name))
-                self.living[self.given] = self
+            base = hashlib.sha256(first if newline or len(first) == EDGE else b"").hexdigest()[:16]
+            names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
+            self.given = next(name for name in names if self.may_be(name))
+            self.living[self.given] = self
         return self.given
 
     def may_be(self, name: str) -> bool:
@@ -169,9 +168,13 @@ class Generation:
     def mark(self, end: int) -> None:
         """Everything before end is published from now on."""
         edge = min(EDGE, end)
-        self.marks = Marks(end, os.pread(self.fd, edge, 0), os.pread(self.fd, edge, end - edge))
+        marks = Marks(end, os.pread(self.fd, edge, 0), os.pread(self.fd, edge, end - edge))
+        if len(marks.tail) < edge:
+            return  # cut in this moment; the next check sees it
+        self.marks = marks
         self.modified = os.fstat(self.fd).st_mtime_ns
-        if self.name and end >= self.known.get(self.name, Marks()).end:  # what was cut off is still another life's
+        named = self.given or b"\n" in self.marks.head or len(self.marks.head) == EDGE
+        if named and end >= self.known.get(self.name, Marks()).end:  # what was cut off stays another life's
             self.known[self.name] = self.marks
             while len(self.known) > 256:
                 del self.known[next(iter(self.known))]
@@ -188,30 +191,46 @@ class Generation:
         return data
 
     def after_hole(self, start: int) -> int | None:
-        """Where the log goes on behind the hole at or after start (lseek(2), SEEK_DATA)."""
-        try:
-            data = os.lseek(self.fd, os.lseek(self.fd, start, os.SEEK_HOLE), os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing there yet
-            return None
-        block = os.pread(self.fd, EDGE, data)
-        return data + len(block) - len(block.lstrip(b"\0"))
+        """Where the log goes on behind the next hole (lseek(2), SEEK_DATA); None where only room follows."""
+        with contextlib.suppress(OSError):  # ENXIO: nothing there yet
+            at = os.lseek(self.fd, start, os.SEEK_HOLE)
+            for _ in range(16):  # of 256 KiB: allocated and read before, room is no hole but NULs
+                at = os.lseek(self.fd, at, os.SEEK_DATA)
+                block = os.pread(self.fd, 256 * KIB, at)
+                if data := block.lstrip(b"\0"):
+                    return at + len(block) - len(data)
+                at += len(block)
+        return None
+
+    def goes_on(self, offset: int) -> bool:
+        """Is there more behind these NULs than room?"""
+        size = self.size
+        return size > offset and os.pread(self.fd, 1, size - 1) not in (b"", b"\0")
 
     def settled(self) -> int:
         """Where the last whole line ends; within a line longer than a frame, where the file does."""
         end = self.size
         if end and os.pread(self.fd, 1, end - 1) == b"\0":
-            end = max(self.extents(), default=0)
+            end = self.last_byte()
         low = max(0, end - FRAME)
         data = os.pread(self.fd, end - low, low)
         return low + (data.rfind(b"\n") + 1 or (whole_characters(data) if low else 0))
 
-    def extents(self) -> Iterator[int]:
-        """The end of each stretch of the file that is no hole."""
-        end = 0
+    def last_byte(self) -> int:
+        """The end of the file, without holes and NULs."""
+        stretches = [0]
         with contextlib.suppress(OSError):
             while True:
-                end = os.lseek(self.fd, os.lseek(self.fd, end, os.SEEK_DATA), os.SEEK_HOLE)
-                yield end
+                stretches.append(os.lseek(self.fd, stretches[-1], os.SEEK_DATA))
+                stretches.append(os.lseek(self.fd, stretches[-1], os.SEEK_HOLE))
+        while len(stretches) > 1:
+            end, low = stretches.pop(), stretches.pop()
+            while end > low:
+                at = max(low, end - 256 * KIB)
+                if data := os.pread(self.fd, end - at, at).rstrip(b"\0"):
+                    return at + len(data)
+                end = at
+        return 0
 
     def line_start(self, end: int, most: int) -> int:
         """Where the last lines before end begin, at most so many bytes; of a longer last line, its end."""
@@ -237,17 +256,23 @@ class Generation:
         size = self.size
         return min(size, end) if os.pread(self.fd, EDGE, 0) == head[:size] else 0
 
-    def part(self, offset: int) -> str:
-        """Of a cursor: an offset and its proof, 9 bytes for the log's bytes and as a hint 3 for the inode."""
+    def part(self, offset: int, hint: str = "") -> str:
+        """Of a cursor: an offset, the inode as a hint, and 12 bytes that prove both and the log's bytes."""
+        if not hint:
+            where = os.fstat(self.fd)
+            hint = short_hash(b"%d:%d" % (where.st_dev, where.st_ino))[:4]
         edge = min(EDGE, offset)
-        proof = hashlib.sha256(os.pread(self.fd, edge, 0) + os.pread(self.fd, edge, offset - edge)).digest()
-        where = os.fstat(self.fd)
-        hint = hashlib.sha256(b"%d:%d" % (where.st_dev, where.st_ino)).digest()
-        return f"{offset}.{base64.urlsafe_b64encode(proof[:9] + hint[:3]).decode()}"
+        proof = os.pread(self.fd, edge, 0) + os.pread(self.fd, edge, offset - edge) + hint.encode()
+        return f"{offset}.{hint}{short_hash(proof)}"
 
-    def proves(self, part: Part) -> bool:
+    def proves(self, part: str) -> bool:
         """Are the bytes those of the cursor, whichever inode they are in?"""
-        return 0 < part.offset <= self.size and self.part(part.offset)[:-4] == str(part)[:-4]
+        offset, _, proof = part.partition(".")
+        return int(offset) <= self.size and self.part(int(offset), proof[:4]) == part
+
+
+def short_hash(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:12]).decode()
 
 
 def whole_characters(data: bytes) -> int:
@@ -468,7 +493,7 @@ class Log:
         if not gen.intact():
             return True
         whole = data.rfind(b"\n") + 1
-        if not whole and len(data) == FRAME and (data.strip(b"\0") or os.pread(gen.fd, 1, gen.size - 1) != b"\0"):
+        if not whole and len(data) == FRAME and (data.strip(b"\0") or gen.goes_on(start + FRAME)):
             whole = whole_characters(data)
         if whole:
             gen.mark(start + whole)
@@ -532,13 +557,13 @@ class Log:
     async def overwritten(self) -> bool:
         """The log was cut or rewritten: go on where it changed; what was unread may be in a copy of it."""
         old = self.gen
-        shorter = old.size < old.end
+        cut = old.size < old.end or os.pread(old.fd, 4, max(0, old.end - 4)) != old.marks.tail[-4:]
         if old.size == 0 and self.hesitates():
             return False
         copies = await self.newer(self.is_copy)
         start = 0 if copies else old.survivor()
         new = Generation(os.dup(old.fd), start)
-        reason = "truncated" if shorter or copies else "rewritten"
+        reason = "truncated" if cut or copies else "rewritten"
         logger.info("log was %s; going on at byte %d", reason, start)
         if copies:
             old.swap(copies[0])
@@ -615,12 +640,12 @@ class Log:
             if current is not self.gen:
                 continue  # rotated meanwhile
             newest = owners.get(parts[-1]) if parts else None
-            if newest and parts[-1].offset > newest.end and newest in (current, *self.late):
+            if newest and offset_of(parts[-1]) > newest.end and newest in (current, *self.late):
                 await self.news()  # the reader has to pass first
             elif newest or not parts:
                 return self.thread(parts, files, owners)
             elif looked:
-                return "ahead" if parts[-1].offset > current.size else "changed"
+                return "ahead" if offset_of(parts[-1]) > current.size else "changed"
             else:
                 looked = True
                 while await self.check():
@@ -630,7 +655,7 @@ class Log:
         """Wait for the next check."""
         await self.round.wait()
 
-    async def locate(self, parts: list[Part]) -> tuple[list[Generation], dict[Part, Generation]]:
+    async def locate(self, parts: list[str]) -> tuple[list[Generation], dict[str, Generation]]:
         """The files, newest first, as far as they are wanted, and which of them proves which part of a cursor."""
         live = [self.gen, *reversed(self.late)]
         slots: list[Generation | str] = [*live]
@@ -655,18 +680,18 @@ class Log:
                     owners = assign(parts, files)
         return files, owners
 
-    def thread(self, parts: list[Part], files: list[Generation], owners: dict[Part, Generation]) -> Position:
+    def thread(self, parts: list[str], files: list[Generation], owners: dict[str, Generation]) -> Position:
         """The stretches from a cursor to the end of the stream, in one step, so that nothing falls between."""
         for gen in files:
             if gen is not self.gen and gen not in self.late:
                 gen.mark(gen.size)
         newest = owners[parts[-1]] if parts else None
         sent = [(owners[part], part) for part in parts[:-1] if part in owners]
-        first = Segment(newest, (str(part) for _, part in sent)) if newest else Segment(self.gen)
-        start = Position(first, parts[-1].offset if parts else 0)
+        first = Segment(newest, (part for _, part in sent)) if newest else Segment(self.gen)
+        start = Position(first, offset_of(parts[-1]) if parts else 0)
         last = first
         for gen, part in sent:
-            last = last.lead(Segment(gen, newer=[first.gen.part(first.end)]), part.offset)
+            last = last.lead(Segment(gen, newer=[first.gen.part(first.end)]), offset_of(part))
         missed = files[1 : files.index(newest)] if newest else files[1:]
         for gen in reversed(missed):
             last = last.lead(Segment(gen), 0, "rotated")
@@ -676,32 +701,25 @@ class Log:
         return start
 
 
-class Part(NamedTuple):
-    """What a cursor says of one file."""
-
-    offset: int
-    proof: str
-
-    def __str__(self) -> str:
-        return f"{self.offset}.{self.proof}"
-
-
-def parse_cursor(cursor: str) -> list[Part] | None:
+def parse_cursor(cursor: str) -> list[str] | None:
     """Its parts, oldest file first; none of them where nothing was sent yet; None for nonsense."""
     if cursor == NOTHING:
         return []
-    if not re.fullmatch(r"\d{1,18}\.[\w-]{16}(?:~\d{1,18}\.[\w-]{16}){0,7}", cursor, re.ASCII):
-        return None
-    return [Part(int(offset), proof) for offset, proof in (part.split(".") for part in cursor.split("~"))]
+    part = r"[1-9]\d{0,17}\.[\w-]{20}"
+    return cursor.split("~") if re.fullmatch(f"{part}(?:~{part}){{0,7}}", cursor, re.ASCII) else None
 
 
-def assign(parts: list[Part], files: list[Generation]) -> dict[Part, Generation]:
+def offset_of(part: str) -> int:
+    return int(part.partition(".")[0])
+
+
+def assign(parts: list[str], files: list[Generation]) -> dict[str, Generation]:
     """Which file proves which part: of several that do, the one with the right inode, else the newest."""
-    owners: dict[Part, Generation] = {}
+    owners: dict[str, Generation] = {}
     for part in reversed(parts):
         proving = [gen for gen in files if gen not in owners.values() and gen.proves(part)]
         if proving:
-            owners[part] = next((gen for gen in proving if gen.part(part.offset) == str(part)), proving[0])
+            owners[part] = next((gen for gen in proving if gen.part(offset_of(part)) == part), proving[0])
     return owners
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from conftest import free_port
+from conftest import eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -103,7 +103,8 @@ class Browser:
         if not os.access(self.program, os.X_OK):
             unavailable(f"{self.program} is not installed")
         self.home = tempfile.mkdtemp(prefix="browser-")
-        self.process: subprocess.Popen[str] | None = None
+        self.said = Path(self.home, "stderr")
+        self.process: subprocess.Popen[bytes] | None = None
         try:
             self.start()
         except BaseException:
@@ -116,38 +117,22 @@ class Browser:
     def page(self) -> Page:
         raise NotImplementedError
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def run(self, *arguments: str, **environment: str) -> None:
         """What it leaves behind in /tmp or at home goes away with its folder."""
         own = dict.fromkeys(("HOME", "TMPDIR", "XDG_RUNTIME_DIR"), self.home)
-        self.process = subprocess.Popen(
-            [self.program, *arguments],
-            env={**os.environ, **own, "NO_AT_BRIDGE": "1", **environment},
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        return self.process
+        with open(self.said, "wb") as said:
+            self.process = subprocess.Popen(
+                [self.program, *arguments],
+                env={**os.environ, **own, "NO_AT_BRIDGE": "1", **environment},
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
 
-    def address(self, *arguments: str, seconds: float = 60) -> str:
-        """The debugging address that it prints; a thread goes on reading, so that it never blocks on a full pipe."""
-        said, found = self.run(*arguments).stderr, threading.Event()
-        lines: list[str] = []
-
-        def read() -> None:
-            for line in said or ():
-                lines.append(line)
-                if "listening on ws://" in line:
-                    found.set()
-            found.set()
-
-        threading.Thread(target=read, daemon=True).start()
-        found.wait(seconds)
-        if match := re.search(r"listening on (ws://\S+)", "".join(lines)):
-            return match[1]
-        raise RuntimeError(f"{self.program} gave no debugging address: {''.join(lines[-8:])}")
+    def debugging_address(self) -> str:
+        said = eventually(lambda: re.search(r"listening on (ws://\S+)\n", self.said.read_text(errors="replace")), 60)
+        return str(said[1])
 
     def ask_to_close(self) -> None:
         raise NotImplementedError
@@ -231,7 +216,8 @@ class Chromium(Browser):
 
     def start(self) -> None:
         self.pages: dict[str, ChromiumPage] = {}
-        self.wire = Wire(self.address(*self.options.split(), f"--user-data-dir={self.home}/profile", "about:blank"))
+        self.run(*self.options.split(), f"--user-data-dir={self.home}/profile", "about:blank")
+        self.wire = Wire(self.debugging_address())
         self.wire.listen = self.listen
 
     def listen(self, event: Event) -> None:
@@ -325,7 +311,8 @@ class Firefox(Browser):
         self.pages: dict[str, FirefoxPage] = {}
         profile = f"{self.home}/profile"
         os.mkdir(profile)
-        self.wire = Wire(self.address(*self.options.split(), "--profile", profile, "about:blank") + "/session")
+        self.run(*self.options.split(), "--profile", profile, "about:blank")
+        self.wire = Wire(self.debugging_address() + "/session")
         self.wire.listen = self.listen
         self.wire.call("session.new", {"capabilities": {}})
         self.wire.call("session.subscribe", {"events": self.events})
@@ -408,15 +395,14 @@ class WebKit(Browser):
 
     def start(self) -> None:
         inspector = f"127.0.0.1:{free_port()}"
-        process = self.run("--headless", "about:blank", WEBKIT_INSPECTOR_HTTP_SERVER=inspector)
-        self.path, end = None, time.monotonic() + 20
-        while not self.path and time.monotonic() < end and process.poll() is None:
+        self.run("--headless", "about:blank", WEBKIT_INSPECTOR_HTTP_SERVER=inspector)
+
+        def path() -> str:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{inspector}/", timeout=5) as answer:
-                self.path = re.search(r"/socket/\d+/\d+/WebPage", answer.read().decode())
-            time.sleep(0.03)
-        if not self.path:
-            raise RuntimeError(f"{self.program} gave no inspector at {inspector}")
-        self.wire = Wire(f"ws://{inspector}{self.path[0]}")
+                return "".join(re.findall(r"/socket/\d+/\d+/WebPage", answer.read().decode())[:1])
+            return ""
+
+        self.wire = Wire(f"ws://{inspector}{eventually(path, 20)}")
 
     def page(self) -> WebKitPage:
         return WebKitPage(self.wire)

@@ -4,9 +4,10 @@
 // speaks up where all of them are too new).
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
+import { resolve } from "node:path";
 
 const [page, modules] = process.argv.slice(2);
-const load = createRequire(modules + "/");
+const load = createRequire(resolve(modules, "x"));
 const acorn = load("acorn"), walk = load("acorn-walk"), postcss = load("postcss"), data = load("@mdn/browser-compat-data");
 
 const OLDEST = { chrome: "88", edge: "88", firefox: "85", safari: "14", opera: "74" };

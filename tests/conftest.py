@@ -379,9 +379,12 @@ class Viewer:
     def release(self) -> None:
         self._socket.gate.set()
 
+    def hurry(self) -> None:
+        self._socket.pace = None
+
     def close(self) -> None:
         self.release()
-        self._socket.pace = None
+        self.hurry()
         self._stack.close()
         self._thread.join(5)
 
