@@ -25,8 +25,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import datetime
@@ -36,27 +38,36 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import hmac
 import http
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import resource
+import secrets
+import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import termios
 import time
 import urllib.parse
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 try:
     import websockets.version
@@ -72,6 +83,7 @@ except ImportError:
     sys.exit("audit_stream.py: websockets 17 or newer is missing; type: python3 -m pip install 'websockets>=17'")
 
 VERSION = "1.0"
+STARTED = time.time()
 KIB, MIB = 1024, 1024 * 1024
 EDGE = 4 * KIB  # so many of the first and of the last published bytes are compared with the file
 FRAME = 128 * KIB  # of the log in one frame; as JSON at most six times as long
@@ -84,9 +96,42 @@ QUIET = 10.0  # seconds without a frame until `checked` is sent
 STUCK = 60.0  # seconds without progress until a viewer is given up
 SIBLINGS = 64  # rotated files that are looked at
 UNPACKED = 1024 * MIB  # of .gz files for one resumed viewer
+WATCHDOG = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # seconds; sd_watchdog_enabled(3)
 PROTOCOL = Subprotocol("audit.v1.json")
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
-HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+HTML = "text/html; charset=utf-8"
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
+LOGIN = b"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Audit Stream</title>
+<link rel="icon" href="data:,">
+<style>
+body { background: #0b0f0c; color: #7fe0a0; font: 16px monospace; max-width: 20em; margin: 30vh auto }
+label, input, button, output { display: block; font: inherit; margin: 8px 0 }
+</style>
+<form>
+<label for="token">Access token</label>
+<input id="token" type="password" autocomplete="current-password" required autofocus>
+<button>Open</button>
+<output></output>
+</form>
+<script>
+document.forms[0].onsubmit = async function (event) {
+  event.preventDefault()
+  const said = document.querySelector('output')
+  const token = unescape(encodeURIComponent(document.getElementById('token').value.trim()))
+  try {
+    const reply = await fetch('./', { headers: { Authorization: 'Bearer ' + token } })
+    if (reply.ok) location.replace('./' + location.hash)
+    else said.textContent = reply.status === 429 ? 'Too many wrong tokens: wait a minute.' : 'That is not the token.'
+  } catch (error) {
+    said.textContent = 'The server does not answer.'
+  }
+}
+</script>
+"""
 # inotify(7): MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF
 EVENTS = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
 DEMO = (
@@ -98,9 +143,37 @@ DEMO = (
     "Auto-repair: ERROR restart of prometheus failed, trying again",
     "Weekly self-heal: Completed – ✅ All checks passed",
 )
+# The filter language. White space is what JavaScript calls so.
+SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+TERM = re.compile(f'(-?)(?:"([^"]*)"|([^{SPACE}]+))')
+SIGN = r"[!-/:-@\[-`{-~]"
+TOKEN = re.compile(
+    rf"\\[bBdDwWsSt]|\\{SIGN}|\(\?[:=!]|\((?!\?)|[)|.^$]|\[(?!\^?\])\^?(?:\\[dwst]|\\{SIGN}|[^\\\[\]])+\]"
+    r"|(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??(?![*+?{])|[^\\\[\](){}|*+?.^$]"
+)
+CLASSES = {
+    "d": "0-9",
+    "w": "A-Za-z0-9_",
+    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}",
+}
+WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
+STAMP = re.compile(rb"\s*\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)")
+# Where grep has no -P: plain text only, in a process of its own as well.
+PLAIN_SEARCH = """
+import json, sys
+case, *terms = json.loads(sys.argv[1])
+fold = str if case else str.casefold
+offset = 0
+for line in sys.stdin.buffer:
+    text = fold(line.decode())
+    if all((fold(term) in text) != exclude for exclude, term in terms):
+        sys.stdout.buffer.write(b"%d:%b" % (offset, line))
+    offset += len(line)
+"""
 NOTHING = "0.nothing-was-sent-yet"  # the cursor before the first byte of the first file
 
 logger = logging.getLogger("audit_stream")
+counted: collections.Counter[str] = collections.Counter()  # what /metrics says
 
 
 # The log: its lives, and the files beside it
@@ -497,6 +570,7 @@ class Log:
             whole = whole_characters(data)
         if whole:
             gen.mark(start + whole)
+            counted["read_lines_total"] += data.count(b"\n")
         if len(data) == FRAME:
             return whole > 0
         rest = data[whole:].rstrip(b"\0")
@@ -766,10 +840,18 @@ class Connection(ServerConnection):
     """One client's connection, from its first byte on; the set of all is what a stop ends."""
 
     everyone: set[Connection] = set()
+    viewers: set[Connection] = set()
+    unasked: dict[Connection, None] = {}  # without a complete request, the oldest first
+    most_unasked = 4096
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.everyone.add(self)
+        self.unasked[self] = None
+        if len(self.unasked) > self.most_unasked:
+            oldest = next(iter(self.unasked))
+            del self.unasked[oldest]
+            oldest.transport.abort()
         self.progress = 0, time.monotonic()
         self.told = "ok", ""
         # The kernel takes 2.8 MB for a client that reads nothing: with this the write buffer tells the truth.
@@ -778,6 +860,8 @@ class Connection(ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.everyone.discard(self)
+        self.viewers.discard(self)
+        self.unasked.pop(self, None)
         super().connection_lost(exc)
 
     @property
@@ -862,6 +946,7 @@ class Viewers:
         """To all who are live and not about to leave."""
         here = [viewer for viewer, future in self.live.items() if not future.done()]
         broadcast([viewer for viewer in here if viewer.speaks_json], as_json)
+        counted["sent_frames_total"] += len(here)
         if plain is not None:
             broadcast([viewer for viewer in here if not viewer.speaks_json], plain)
         self.spoke = time.monotonic()
@@ -936,6 +1021,337 @@ async def opening(log: Log, initial: int, since: str | None) -> tuple[Position, 
     }
 
 
+# History: search, times
+
+
+class Term(NamedTuple):
+    """One term of the filter language: plain text, or a regular expression for PCRE."""
+
+    exclude: bool
+    plain: str | None
+    pattern: str
+
+
+def terms_of(query: str) -> list[Term]:
+    """The filter language: all terms must match; see the README. Trouble for an empty query."""
+    terms = []
+    for minus, quoted, word in TERM.findall(query):
+        if quoted or word:
+            plain = quoted or (None if is_expression(word) else word)
+            terms.append(Term(bool(minus), plain, as_text(plain) if plain else as_pcre(word)))
+    if not terms:
+        raise Trouble(400, "the query is empty")
+    return sorted(terms, key=lambda term: term.exclude)  # what must match first: PCRE gives up sooner
+
+
+def is_expression(word: str) -> bool:
+    """Does it consist only of what JavaScript, Python and PCRE mean alike?"""
+    tokens = TOKEN.findall(word)
+    if "".join(tokens) != word or repeats_lookahead(tokens):
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"):  # [a&&b]: Python means to give that a meaning one day
+            re.compile(word)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def repeats_lookahead(tokens: list[str]) -> bool:
+    """Python and PCRE take `(?=a)*`, JavaScript does not."""
+    groups = []
+    for token, following in zip(tokens, [*tokens[1:], "end"], strict=True):
+        if token[0] == "(":
+            groups.append(token)
+        elif token == ")" and groups and groups.pop() in ("(?=", "(?!") and following[0] in "*+?{":
+            return True
+    return False
+
+
+def as_text(text: str) -> str:
+    return re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
+
+
+def as_pcre(word: str) -> str:
+    """With JavaScript's meaning of the classes; the PCRE2 of Debian 12 takes \\S, \\W and \\D for ASCII."""
+    return re.sub(r"\\.|\[(?:\\.|[^\]])*\]|\0", spelled_out, word, flags=re.DOTALL)
+
+
+def spelled_out(piece: re.Match[str]) -> str:
+    text, kind = piece[0], piece[0][1:]
+    if text[0] == "[":
+        return "[" + re.sub(r"\\([dws])", lambda found: CLASSES[found[1]], kind).replace("\0", r"\x00")
+    if kind in ("b", "B"):
+        return f"(?:{WORD_EDGE})" if kind == "b" else f"(?!{WORD_EDGE})"
+    if kind.lower() in CLASSES:
+        return f"[{'^' if kind.isupper() else ''}{CLASSES[kind.lower()]}]"
+    return r"\x00" if text == "\0" else text
+
+
+def expression(terms: list[Term]) -> str:
+    if len(terms) == 1 and not terms[0].exclude:
+        return terms[0].pattern
+    return "^" + "".join(f"(?{'!' if exclude else '='}.*(?:{pattern}))" for exclude, _, pattern in terms)
+
+
+class Search:
+    """Searches of the whole log, in child processes; at most two at a time."""
+
+    def __init__(self) -> None:
+        self.places = asyncio.Semaphore(2)
+        self.threads = concurrent.futures.ThreadPoolExecutor(4, "search")  # two for each: one feeds, one collects
+
+    async def answer(self, connection: ServerConnection, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
+        """Trouble, when it cannot be done or takes too long; cancelled when the client goes away."""
+        terms = terms_of(query.get("q", ""))
+        limit = natural(query, "limit", 200, 1, 1000)
+        before = natural(query, "before", gen.size, 0, 1 << 62)
+        try:
+            await asyncio.wait_for(self.places.acquire(), 3)
+        except TimeoutError:
+            raise Trouble(503, "too many searches at a time", Retry_After="3") from None
+        work = asyncio.create_task(self.backwards(gen, min(before, gen.size), command(terms, "case" in query), limit))
+        gone = asyncio.create_task(connection.wait_closed())
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel(), gone.cancel()
+            await asyncio.wait([work, gone])
+            self.places.release()
+        if work.cancelled():
+            raise Trouble(503, "the client went away")
+        return work.result()
+
+    async def backwards(self, gen: Generation, before: int, child: list[str], limit: int) -> dict[str, Any]:
+        """Growing pieces, from the end to the beginning, for 3 s and 256 MiB at most."""
+        begun, size = time.monotonic(), gen.size
+        top = at = await self.run(line_before, gen, before, size)
+        lowest, piece = max(0, top - 256 * MIB), MIB
+        found: list[tuple[int, int]] = []
+        skipped: list[tuple[int, int]] = []
+        while at > lowest and len(found) < limit:
+            start = await self.run(line_before, gen, max(lowest, at - piece), size)
+            left = 5.0 if at == top else begun + 3 - time.monotonic()
+            try:
+                async with asyncio.timeout(left):
+                    matches, unsearched = await self.piece(gen, start, at, size, child, limit - len(found))
+            except TimeoutError:
+                if at == top:
+                    raise Trouble(422, "the search is too expensive: simplify it") from None
+                break
+            found, skipped, at, piece = matches + found, unsearched + skipped, start, piece * 4
+        at = found[0][0] if len(found) >= limit else at
+        answer = {"matches": [match_at(gen, *place) for place in found], "scanned": [at, top], "size": size}
+        skipped = [stretch for stretch in joined(skipped) if stretch[1] > at]
+        return answer | ({"skipped": skipped} if skipped else {})
+
+    async def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+
+    async def piece(
+        self, gen: Generation, start: int, end: int, size: int, command: list[str], most: int
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The last matches between two offsets, and what was not searched there."""
+        pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+        try:
+            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, env={"LC_ALL": "C.UTF-8"})
+        except OSError as error:
+            raise Trouble(503, f"no search can be started: {error.strerror}") from None
+        limit_child(child.pid)
+        # Each thread owns one end of a pipe and closes it; ending the child is what ends both.
+        feeding = self.run(feed_child, gen, start, end, size, child.stdin)
+        threads = [asyncio.ensure_future(work) for work in (feeding, self.run(collect, child.stdout, most))]
+        try:
+            await asyncio.wait(threads)
+        except asyncio.CancelledError:
+            child.kill()
+            await asyncio.wait(threads)
+            raise
+        finally:
+            child.wait()
+        if child.returncode not in (0, 1):  # 2: the limits of PCRE; -9, -24: ours
+            raise Trouble(422, "the search is too expensive: simplify it")
+        fed, skipped = threads[0].result()
+        return [place_of(fed, offset, length, end) for offset, length in threads[1].result()], skipped
+
+
+@functools.cache
+def has_pcre() -> bool:
+    with contextlib.suppress(OSError):
+        quiet = subprocess.DEVNULL
+        return subprocess.run(["grep", "-abP", "-e", "x"], stdin=quiet, stdout=quiet, stderr=quiet).returncode == 1
+    return False
+
+
+def command(terms: list[Term], case: bool) -> list[str]:
+    """The child process that prints matching lines with their offsets; Trouble where there is none for a query."""
+    if has_pcre():
+        path = shutil.which("grep") or "grep"
+        return [path, "-abP" if case else "-abPi", "-e", expression(terms)]
+    if any(term.plain is None for term in terms):
+        raise Trouble(501, "regular expressions need GNU grep with -P on this server; plain text does not")
+    return [sys.executable, "-I", "-c", PLAIN_SEARCH, json.dumps([case, *(term[:2] for term in terms)])]
+
+
+def limit_child(pid: int) -> None:
+    """So that it ends even if we do not live to end it."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.prlimit(pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
+        resource.prlimit(pid, resource.RLIMIT_CPU, (10, 10))
+
+
+def line_before(gen: Generation, offset: int, size: int) -> int:
+    """The last line start at or before offset; offset itself within a line over 1 MiB."""
+    if offset in (0, size):
+        return offset
+    low = max(0, offset - MIB - 1)
+    at = os.pread(gen.fd, offset - low, low).rfind(b"\n") + 1
+    return low + at if at or not low else offset
+
+
+def feed_child(
+    gen: Generation, start: int, end: int, size: int, pipe: IO[bytes]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """In a thread: whole lines to the child. -> where in the log each fed stretch began, and what was left out."""
+    fed, places, skipped = 0, [(0, start)], []
+    with contextlib.suppress(BrokenPipeError), pipe:
+        at = start
+        while at < end:
+            data = gen.read(at, min(end, at + MIB + 1))
+            whole = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
+            if at == start > 0 and os.pread(gen.fd, 1, start - 1) != b"\n":
+                whole = 0
+            if whole:
+                pipe.write(same_length(data[:whole]))
+                fed, at = fed + whole, at + whole
+            else:
+                after = min(end, end_of_line(gen, at, end))
+                skipped.append((at, after))
+                at = after
+                places.append((fed, at))
+    return places, skipped
+
+
+def end_of_line(gen: Generation, at: int, end: int) -> int:
+    """Behind the next newline, or behind the next hole."""
+    while at < end:
+        data = gen.read(at, min(end, at + MIB))
+        if not data:
+            return gen.after_hole(at) or end
+        if cut := data.find(b"\n") + 1:
+            return at + cut
+        at += len(data)
+    return end
+
+
+def same_length(data: bytes) -> bytes:
+    """Valid UTF-8, for PCRE: what is no character becomes one that is as long as it, and neither letter nor space."""
+    if data.isascii():
+        return data
+    try:
+        data.decode()
+        return data
+    except UnicodeDecodeError:
+        return data.decode(errors="audit_stream.stand_in").encode()
+
+
+def stand_in(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\x1a\x9f\ufffd"[error.end - error.start - 1], error.end
+
+
+codecs.register_error("audit_stream.stand_in", stand_in)
+
+
+def collect(pipe: IO[bytes], most: int) -> collections.deque[list[int]]:
+    """In a thread: offset and length of the last matches."""
+    found: collections.deque[list[int]] = collections.deque(maxlen=most)
+    fresh = True
+    with pipe:
+        while part := pipe.readline(64 * KIB):
+            if fresh:
+                offset, _, part = part.partition(b":")
+                found.append([int(offset), 0])
+            found[-1][1] += len(part)
+            fresh = part.endswith(b"\n")
+    return found
+
+
+def place_of(fed: list[tuple[int, int]], offset: int, length: int, end: int) -> tuple[int, int]:
+    """Start and end of a match in the log."""
+    before, begin = fed[bisect.bisect_right(fed, (offset, sys.maxsize)) - 1]
+    start = begin + offset - before
+    return start, min(start + length, end)
+
+
+def match_at(gen: Generation, start: int, end: int) -> dict[str, Any]:
+    text = os.pread(gen.fd, min(end - start, 16 * KIB + 1), start).removesuffix(b"\n")[: 16 * KIB]
+    cut = whole_characters(text) if end - start > 16 * KIB else len(text)
+    return {"start": start, "end": end, "text": text[:cut].decode(errors="replace")}
+
+
+def joined(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours as one."""
+    result: list[tuple[int, int]] = []
+    for start, end in stretches:
+        if result and result[-1][1] == start:
+            start = result.pop()[0]
+        result.append((start, end))
+    return result
+
+
+def time_of(line: bytes) -> float | None:
+    """The time at the beginning of a line, in seconds since 1970; without a zone it is UTC."""
+    match = STAMP.match(line)
+    return parse_time(match[1].decode()) if match else None
+
+
+def parse_time(text: str) -> float | None:
+    try:
+        time = datetime.datetime.fromisoformat(text)
+        return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def timeline(gen: Generation, points: int) -> dict[str, Any]:
+    """The times of lines that are spread evenly over the log."""
+    size = gen.size
+    offsets = {line_before(gen, size * n // points, size) for n in range(points)} if size else set()
+    return {"size": size, "points": [[at, time_of(os.pread(gen.fd, 64, at))] for at in sorted(offsets)]}
+
+
+def seek(gen: Generation, wanted: float) -> dict[str, Any]:
+    """The first line at or after a time; a line without one belongs to the line above."""
+    low, high = 0, gen.size
+    size = high
+    while high - low > 64 * KIB:
+        middle = (low + high) // 2
+        line = next(timed_lines(gen, middle, high), None)
+        if line is None or line[1] >= wanted:
+            high = middle
+        else:
+            low = line[0]
+    found = next(((at, time) for at, time in timed_lines(gen, low, size) if time >= wanted), (size, None))
+    return dict(zip(("offset", "time"), found, strict=True))
+
+
+def timed_lines(gen: Generation, start: int, end: int) -> Iterator[tuple[int, float]]:
+    """Offset and time of the lines that begin from start to end; gives up after 4 MiB without any."""
+    whole = start == 0 or os.pread(gen.fd, 1, start - 1) == b"\n"
+    at = last = start if whole else end_of_line(gen, start, end)
+    while at < end and at - last < 4 * MIB:
+        data = gen.read(at, at + 64 * KIB)
+        data = data[: data.rfind(b"\n") + 1 or len(data)]
+        place = at
+        for line in data.split(b"\n"):
+            if place < end and (time := time_of(line)) is not None:
+                yield place, time
+                last = place
+            place += len(line) + 1
+        at = at + len(data) if data else gen.after_hole(at) or end
+
+
 # HTTP
 
 
@@ -948,20 +1364,21 @@ class Trouble(Exception):
 
 
 def answer(status: int, body: bytes, kind: str, headers: dict[str, str]) -> Response:
-    phrase = http.HTTPStatus(status).phrase
     fixed = {
         "Date": email.utils.formatdate(usegmt=True),
         "Content-Type": kind,
         "Content-Length": str(len(body)),
         "Connection": "close",
         "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
     }
-    return Response(status, phrase, Headers(fixed | headers), body)
+    return Response(status, http.HTTPStatus(status).phrase, Headers(fixed | headers), body)
 
 
 def refusal(path: str, trouble: Trouble) -> Response:
+    counted[f'refused_requests_total{{status="{trouble.status}"}}'] += 1
     headers = {name.replace("_", "-"): value for name, value in trouble.headers.items()}
+    if path == "/" and trouble.status == 401:
+        return answer(401, LOGIN, HTML, headers)
     if path in ("/", "/healthz"):
         return answer(trouble.status, f"{trouble}\n".encode(), TEXT, headers)
     return answer(trouble.status, json.dumps({"error": str(trouble)}).encode(), JSON, headers)
@@ -974,22 +1391,57 @@ def query_of(connection: ServerConnection) -> dict[str, str]:
     return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
 
 
-async def respond(log: Log, page: bytes, connection: ServerConnection, request: Request) -> Response | None:
+class Site(NamedTuple):
+    """What is served, and who may have it."""
+
+    log: Log
+    page: bytes
+    search: Search
+    viewers: Viewers
+    doors: Doors
+
+
+async def respond(site: Site, connection: ServerConnection, request: Request) -> Response | None:
     """Answer a request over HTTP; None lets the WebSocket handshake go on."""
+    assert isinstance(connection, Connection)
+    connection.unasked.pop(connection, None)
     path = request.path.partition("?")[0]
+    upgrade = path == "/ws/audit" and "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
+    who = site.doors.caller(connection, request)
     try:
-        check_form(request)
-        if request.method not in ("GET", "HEAD"):
-            raise Trouble(405, "only GET and HEAD are answered", Allow="GET, HEAD")
-        if path == "/ws/audit":
-            if "websocket" in ",".join(request.headers.get_all("Upgrade")).lower():
-                return None
-            raise Trouble(426, "this address speaks WebSocket", Upgrade="websocket")
-        response = await route(log, page, path, request.headers)
+        response = await admit(site, connection, request, who, path, upgrade)
     except Trouble as trouble:
-        response = refusal(path, trouble)
+        response = refusal(path, site.doors.recount(trouble, who) if upgrade else trouble)
+    if response is None:
+        return None
     if request.method == "HEAD":
         response.body = b""
+    return site.doors.harden(response, who)
+
+
+async def admit(
+    site: Site, connection: Connection, request: Request, who: Caller, path: str, upgrade: bool
+) -> Response | None:
+    """Through all doors, in the order that the README gives."""
+    doors = site.doors
+    check_form(request)
+    if not upgrade:  # a WebSocket counts as an answer only where it is refused
+        doors.count(who)
+    doors.check_host(who)
+    credential = doors.check_token(path, request, who)
+    if request.method not in ("GET", "HEAD"):
+        raise Trouble(405, "only GET and HEAD are answered", Allow="GET, HEAD")
+    doors.check_origin(path, request, who)
+    if path == "/ws/audit":
+        if not upgrade:
+            raise Trouble(426, "this address speaks WebSocket", Upgrade="websocket")
+        doors.seat(connection)
+        return None
+    if path == "/" and credential == "address":
+        return answer(303, b"", TEXT, {"Location": "./", "Set-Cookie": doors.cookie(who)})
+    response = await route(site, path, connection, request.headers)
+    if path == "/" and credential == "header":
+        response.headers["Set-Cookie"] = doors.cookie(who)
     return response
 
 
@@ -998,25 +1450,59 @@ def check_form(request: Request) -> None:
     for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
         if len(request.headers.get_all(name)) > 1:
             raise Trouble(400, f"{name} is there twice")
-    if not HOST.fullmatch(request.headers.get("Host", "")):
+    host = HOST.fullmatch(request.headers.get("Host", ""))
+    if not host or int(host[1] or 0) > 65535:
         raise Trouble(400, "Host is missing or malformed")
 
 
-async def route(log: Log, page: bytes, path: str, headers: Headers) -> Response:
+async def route(site: Site, path: str, connection: ServerConnection, headers: Headers) -> Response:
+    log = site.log
     if path == "/":
-        return answer(200, page, "text/html; charset=utf-8", {})
+        return answer(200, site.page, HTML, {})
+    if path == "/metrics":
+        return answer(200, metrics(site).encode(), "text/plain; version=0.0.4; charset=utf-8", {})
     if path == "/healthz":
         if log.state != "ok":
             raise Trouble(503, f"the log is {log.state}: {log.detail}")
         return answer(200, b"ok\n", TEXT, {})
-    if path != "/api/audit":
-        raise Trouble(404, "there is nothing here")
-    if log.state != "ok":
-        raise Trouble(503, f"the log is {log.state}")
-    gen = log.gen
-    if headers.get("If-Match", "*") not in ("*", f'"{gen.name}"'):
-        raise Trouble(412, "the log is another one by now", ETag=f'"{gen.name}"')
-    return await excerpt(gen, headers.get("Range", ""))
+    if path in ("/api/audit", "/api/search", "/api/timeline", "/api/seek"):
+        return await history(site, path, connection, headers)
+    raise Trouble(404, "there is nothing here")
+
+
+async def history(site: Site, path: str, connection: ServerConnection, headers: Headers) -> Response:
+    """The log as it is, by range, search or time; Trouble when it is not there, or another one."""
+    gen, query = site.log.gen, query_of(connection)
+    if site.log.state != "ok":
+        raise Trouble(503, f"the log is {site.log.state}")
+    etag = f'"{gen.name}"'
+    if headers.get("If-Match", "*") not in ("*", etag):
+        raise Trouble(412, "the log is another one by now", ETag=etag)
+    if path == "/api/audit":
+        return await excerpt(gen, headers.get("Range", ""))
+    if path == "/api/search":
+        found = await site.search.answer(connection, gen, query)
+    elif path == "/api/timeline":
+        found = await asyncio.to_thread(timeline, gen, natural(query, "points", 200, 1, 2000))
+    else:
+        found = await asyncio.to_thread(seek, gen, wanted_time(query))
+    return answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON, {"ETag": etag})
+
+
+def wanted_time(query: dict[str, str]) -> float:
+    text = query.get("time", "").strip("[] ")
+    wanted = parse_time(re.sub(r"(?<=:\d\d) (?=\d\d:?\d\d$)", "+", text))  # a plus sign in an address is a space
+    if wanted is None:
+        raise Trouble(400, "time is no date and time as in 2025-12-17T17:40:37Z")
+    return wanted
+
+
+def natural(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
+    """A whole number of the query; Trouble for anything else."""
+    text = query.get(name, str(default))
+    if not re.fullmatch(r"\d{1,19}", text, re.ASCII) or not low <= int(text) <= high:
+        raise Trouble(400, f"{name} is no whole number from {low} to {high}")
+    return int(text)
 
 
 async def excerpt(gen: Generation, wanted: str) -> Response:
@@ -1047,13 +1533,268 @@ def range_of(wanted: str, size: int) -> tuple[int, int]:
     return start, min(end, start + MIB)
 
 
-async def complete(connection: ServerConnection, request: Request, response: Response) -> Response | None:
+async def complete(
+    site: Site, connection: ServerConnection, request: Request, response: Response
+) -> Response | None:
     """What the library refuses by itself gets the form of our errors."""
     if response.status_code not in (400, 403, 405, 426) or "Cache-Control" in response.headers:
         return None
     words = bytes(response.body).decode().strip().partition("\n")[0]
     kept = {name: response.headers[name] for name in ("Upgrade", "Sec-WebSocket-Version") if name in response.headers}
-    return refusal(request.path.partition("?")[0], Trouble(response.status_code, words, **kept))
+    assert isinstance(connection, Connection)
+    connection.viewers.discard(connection)
+    who = site.doors.caller(connection, request)
+    trouble = site.doors.recount(Trouble(response.status_code, words, **kept), who)
+    return site.doors.harden(refusal("/ws/audit", trouble), who)
+
+
+def metrics(site: Site) -> str:
+    """The text format of Prometheus."""
+    live = len(site.viewers.live)
+    now = {
+        'viewers{state="live"}': live,
+        'viewers{state="catching_up"}': len(Connection.viewers) - live,
+        "behind_bytes": max(0, site.log.gen.size - site.log.gen.end),
+        "start_time_seconds": STARTED,
+        f'build_info{{version="{VERSION}",websockets="{websockets.version.version}"}}': 1,
+    }
+    values = sorted({**now, **counted}.items())
+    names = dict.fromkeys(name.partition("{")[0] for name, _ in values)
+    lines = []
+    for family in names:
+        lines.append(f"# TYPE audit_stream_{family} {'counter' if family.endswith('_total') else 'gauge'}")
+        lines += [f"audit_stream_{name} {value}" for name, value in values if name.partition("{")[0] == family]
+    return "\n".join(lines) + "\n"
+
+
+# The doors
+
+
+class Caller(NamedTuple):
+    """Who asks: the client's address, the scheme of the page's address, and the host in it."""
+
+    address: str
+    scheme: str
+    host: str
+
+    @property
+    def port(self) -> str:
+        found = HOST.fullmatch(self.host)
+        return (found and found[1]) or ("443" if self.scheme == "https" else "80")
+
+
+class Buckets:
+    """A token bucket for each of the last 10,000 addresses: so many a minute, and as many at once."""
+
+    def __init__(self, a_minute: int) -> None:
+        self.size = a_minute
+        self.levels: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()
+
+    def take(self, address: str) -> None:
+        """Trouble 429 when there is none left."""
+        now = time.monotonic()
+        level, then = self.levels.pop(address, (self.size, now))
+        level = min(self.size, level + (now - then) * self.size / 60)
+        self.levels[address] = max(0.0, level - 1) if level >= 1 else level, now
+        if len(self.levels) > 10_000:
+            self.levels.popitem(last=False)
+        if level < 1:
+            raise Trouble(429, "too many requests", Retry_After=str(math.ceil((1 - level) * 60 / self.size)))
+
+
+class Doors:
+    """Who may come in, by token, Host and Origin, and how often."""
+
+    def __init__(self, options: argparse.Namespace, token: bytes) -> None:
+        self.options, self.token = options, token  # no token: open
+        self.tls = bool(options.tls_cert)
+        self.answers, self.guesses = Buckets(options.rate_limit), Buckets(10)
+        self.names = {"localhost", socket.gethostname().lower(), options.host.lower()} | set(options.allow_host)
+        self.hashes: dict[str, str] = {}
+
+    def caller(self, connection: Connection, request: Request) -> Caller:
+        """The last proxy's word counts where it is trusted."""
+        address = plain_address((connection.remote_address or ("",))[0])
+        scheme = "https" if self.tls else "http"
+        trusted = self.options.trust_proxy
+        if trusted and (is_loopback(address) if trusted == "loopback" else address == trusted):
+            forwarded = last_of(request, "X-Forwarded-For")
+            address = plain_address(forwarded) if is_address(forwarded) else address
+            said = last_of(request, "X-Forwarded-Proto").lower()
+            scheme = said if said in ("http", "https") else scheme
+        return Caller(address, scheme, (request.headers.get_all("Host") or [""])[0].lower())
+
+    def count(self, who: Caller) -> None:
+        if self.options.rate_limit:
+            self.answers.take(network(who.address))
+
+    def recount(self, trouble: Trouble, who: Caller) -> Trouble:
+        """A refused WebSocket is an answer, too."""
+        try:
+            self.count(who)
+        except Trouble as too_many:
+            return too_many if trouble.status != 400 else trouble
+        return trouble
+
+    def check_host(self, who: Caller) -> None:
+        """An open server answers under names that no other site can point at it (DNS rebinding)."""
+        name = who.host.removesuffix(f":{who.port}").strip("[]")
+        if not self.token and not is_address(name) and name not in self.names:
+            raise Trouble(403, "this server is not open under that name; see --allow-host")
+
+    def check_token(self, path: str, request: Request, who: Caller) -> str:
+        """Where the right token was: "header", "address", "cookie", or "" where none is needed."""
+        if not self.token or path == "/healthz":
+            return ""
+        scheme, _, bearer = request.headers.get("Authorization", "").strip().partition(" ")
+        offered = {"header": [bearer.strip().encode("latin-1")] if scheme.lower() == "bearer" else []}
+        if path in ("/", "/ws/audit"):
+            offered["address"] = tokens_in(request.path.partition("?")[2])
+        for place, tokens in offered.items():
+            if any(hmac.compare_digest(token, self.token) for token in tokens):
+                return place
+        ours = self.cookie_name(who), self.cookie_value().encode()
+        if any(name == ours[0] and hmac.compare_digest(value, ours[1]) for name, value in cookies_of(request)):
+            return "cookie"
+        if any(offered.values()):
+            self.guesses.take(network(who.address))
+        raise Trouble(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+
+    def cookie_name(self, who: Caller) -> str:
+        return f"audit_stream_{who.port}"
+
+    def cookie_value(self) -> str:
+        return hmac.new(self.token, b"audit_stream", "sha256").hexdigest()
+
+    def cookie(self, who: Caller) -> str:
+        secure = "; Secure" if who.scheme == "https" else ""
+        return f"{self.cookie_name(who)}={self.cookie_value()}; HttpOnly; SameSite=Lax; Path=/{secure}"
+
+    def check_origin(self, path: str, request: Request, who: Caller) -> None:
+        """No other site's page opens the WebSocket, or makes a browser fetch anything but the page."""
+        if path == "/ws/audit":
+            own = f"{who.scheme}://{who.host}"
+            if origin_of(request.headers.get("Origin", own)) not in (origin_of(own), *self.options.allow_origin):
+                raise Trouble(403, "a page of another origin may not open this; see --allow-origin")
+        elif path != "/" and "cross-site" in request.headers.get_all("Sec-Fetch-Site"):
+            raise Trouble(403, "a page of another site may not have this")
+
+    def seat(self, connection: Connection) -> None:
+        if len(connection.viewers) >= self.options.max_viewers:
+            raise Trouble(503, "all places are taken", Retry_After="5")
+        connection.viewers.add(connection)
+
+    def harden(self, response: Response, who: Caller) -> Response:
+        """What browsers must know of every answer, each once."""
+        socket_address = f"{who.scheme.replace('http', 'ws')}://{who.host}" if HOST.fullmatch(who.host) else ""
+        policy = {
+            "default-src": "'none'",
+            "script-src": self.hashes["script"],
+            "style-src": self.hashes["style"],
+            "img-src": "data:",
+            "connect-src": f"'self' {socket_address}".strip(),  # Safari before 15.4: 'self' is no WebSocket
+            "base-uri": "'none'",
+            "form-action": "'none'",
+            "frame-ancestors": "'none'",
+        }
+        fixed = {
+            "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        } | ({"Strict-Transport-Security": "max-age=31536000"} if self.tls else {})
+        for name, value in fixed.items():
+            response.headers[name] = value
+        return response
+
+    def hash_pages(self, *pages: bytes) -> None:
+        """The hashes of the scripts and styles that may run (CSP 3, section 6.7)."""
+        for kind in ("script", "style"):
+            texts = re.findall(rb"<%b>(.*?)</%b>" % ((kind.encode(),) * 2), b"".join(pages), re.DOTALL)
+            digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
+            self.hashes[kind] = " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def last_of(request: Request, name: str) -> str:
+    return ",".join(request.headers.get_all(name)).rpartition(",")[2].strip()
+
+
+def is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+def plain_address(text: str) -> str:
+    """Without a scope, and IPv4 as such (RFC 4291, section 2.5.5.2)."""
+    text = text.partition("%")[0]
+    if is_address(text):
+        address = ipaddress.ip_address(text)
+        text = str(getattr(address, "ipv4_mapped", None) or address)
+    return text
+
+
+def is_loopback(text: str) -> bool:
+    return is_address(text) and ipaddress.ip_address(text).is_loopback
+
+
+def network(address: str) -> str:
+    """One client: an IPv4 address, or a /64 of IPv6."""
+    return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
+
+
+def tokens_in(query: str) -> list[bytes]:
+    """The values of ?token=; a plus sign is one, or a space."""
+    values = [pair.removeprefix("token=") for pair in query.split("&") if pair.startswith("token=")]
+    return [urllib.parse.unquote_to_bytes(text) for value in values for text in (value, value.replace("+", " "))]
+
+
+def cookies_of(request: Request) -> Iterator[tuple[str, bytes]]:
+    """Name and value of each cookie; what a foreign one contains spoils nothing."""
+    for pair in ";".join(request.headers.get_all("Cookie")).split(";"):
+        name, _, value = pair.partition("=")
+        yield name.strip(), value.strip().encode("latin-1")
+
+
+def origin_of(text: str) -> str:
+    """As browsers write it (RFC 6454, section 6.2), without the default port."""
+    scheme, _, host = text.lower().partition("://")
+    return f"{scheme}://{host.removesuffix(':443' if scheme == 'https' else ':80')}"
+
+
+def read_token(options: argparse.Namespace) -> bytes:
+    """From the file, the environment or systemd's credentials; b"" where there is none; OSError for a bad one."""
+    path = options.token_file
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not path and "AUDIT_STREAM_TOKEN" not in os.environ and credentials:
+        path = os.path.join(credentials, "token")
+        path = path if os.path.exists(path) else None
+    if options.no_auth or not path and "AUDIT_STREAM_TOKEN" not in os.environ:
+        return b""
+    token = Path(path).read_bytes().strip() if path else os.environb[b"AUDIT_STREAM_TOKEN"].strip()
+    if not token:
+        raise OSError(errno.EINVAL, "the access token is empty", path or "AUDIT_STREAM_TOKEN")
+    if len(token) < 16:
+        logger.warning("the access token is shorter than 16 characters")
+    return token
+
+
+def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
+    """TLS 1.2 or newer; OSError (which SSLError is) when certificate and key cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, options)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, options: argparse.Namespace) -> None:
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+    except ssl.SSLError as error:
+        why = "is not for that key" if error.reason == "KEY_VALUES_MISMATCH" else "or its key cannot be used"
+        raise OSError(errno.EINVAL, f"certificate {why} ({error.reason or error})", options.tls_cert) from error
 
 
 # Running
@@ -1068,8 +1809,9 @@ async def follow(log: Log, viewers: Viewers) -> None:
             viewers.advance()
             await asyncio.sleep(0)
         viewers.advance()
+        notify("WATCHDOG=1")  # a completed check, not a task that goes on without one
         await asyncio.sleep(WINDOW)
-        await watch.wait(max(0.0, log.patience() - WINDOW))
+        await watch.wait(max(0.0, min(log.patience(), WATCHDOG) - WINDOW))
 
 
 async def give_up_stuck() -> None:
@@ -1081,22 +1823,24 @@ async def give_up_stuck() -> None:
                 connection.transport.abort()
 
 
-async def run(options: argparse.Namespace, page: bytes, listener: socket.socket) -> None:
+async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT."""
     log = Log(options.log, options.interval)
     await log.check()
-    viewers = Viewers(log)
-    stop = asyncio.Event()
+    site = Site(log, page, Search(), Viewers(log), doors)
+    stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(Complaints())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
+        loop.add_signal_handler(number, event.set)
+    context = tls_context(options) if doors.tls else None
     server = await serve(
-        functools.partial(watch_along, viewers, options.initial),
+        functools.partial(watch_along, site.viewers, options.initial),
         sock=listener,
-        backlog=1024,  # connections that wait to be accepted; the default drops some in a storm
-        process_request=functools.partial(respond, log, page),
-        process_response=complete,
+        ssl=context,
+        backlog=min(1024, Connection.most_unasked // 2),  # the default drops some in a storm
+        process_request=functools.partial(respond, site),
+        process_response=functools.partial(complete, site),
         select_subprotocol=lambda _, offered: PROTOCOL if PROTOCOL in offered else None,
         create_connection=Connection,
         server_header=None,
@@ -1104,19 +1848,40 @@ async def run(options: argparse.Namespace, page: bytes, listener: socket.socket)
         max_size=KIB,
         ping_timeout=None,  # pongs wait behind data; `stuck` looks for progress instead
     )
-    say(f"http://{authority(options.host, listener.getsockname()[1])}/")
+    say(address_to_open(options, doors, listener.getsockname()[1]))
     notify("READY=1")
+    works = [follow(log, site.viewers), give_up_stuck(), reread(options, doors, context, reload)]
+    if options.demo:
+        works.append(demonstrate(options.log))
     try:
         async with asyncio.TaskGroup() as tasks:
-            working = [tasks.create_task(work) for work in (follow(log, viewers), give_up_stuck())]
-            if options.demo:
-                working.append(tasks.create_task(demonstrate(options.log)))
+            running = [tasks.create_task(work) for work in works]
             await stop.wait()
-            for task in working:
+            for task in running:
                 task.cancel()
     finally:
         notify("STOPPING=1")
         await close(server)
+
+
+async def reread(
+    options: argparse.Namespace, doors: Doors, context: ssl.SSLContext | None, wanted: asyncio.Event
+) -> None:
+    """On SIGHUP the certificate and the token; what cannot be used leaves everything as it is."""
+    while await wanted.wait():
+        wanted.clear()
+        try:
+            if context:
+                tls_context(options)  # a failure must not touch the live one
+                load_certificate(context, options)
+            token = read_token(options) if not options.generated else doors.token
+        except OSError as error:
+            logger.warning("nothing was changed: %s", error.strerror)
+            continue
+        if token != doors.token:
+            doors.token = token
+            leaving = [viewer.close(1008, "the access token was changed") for viewer in Connection.viewers]
+            await asyncio.gather(*leaving, return_exceptions=True)
 
 
 async def close(server: Server) -> None:
@@ -1157,18 +1922,33 @@ def notify(state: str) -> None:
             channel.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(options: argparse.Namespace) -> socket.socket:
     """A listening socket; `::` takes IPv4 too. OSError when the address is not to be had."""
+    host, port = options.host, options.port
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
+    return socket.create_server(
+        address, family=family, backlog=1024, dualstack_ipv6=both, reuse_port=options.reuse_port
+    )
 
 
-def authority(host: str, port: int) -> str:
-    """The address to open: as it was given, or this machine's name where all are listened on."""
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def address_to_open(options: argparse.Namespace, doors: Doors, port: int) -> str:
+    """As it was given, or with this machine's name where all addresses are listened on."""
+    host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
+    host = f"[{host}]" if ":" in host else host
+    token = f"?token={doors.token.decode()}" if options.generated else ""
+    return f"{'https' if doors.tls else 'http'}://{host}:{port}/{token}"
+
+
+def limit_files(options: argparse.Namespace) -> None:
+    """Raise the soft limit of open files as far as it goes, and cut what needs them to fit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    Connection.most_unasked = min(4096, most // 4)
+    fitting = most - Connection.most_unasked - min(256, most // 4)
+    if options.max_viewers > fitting:
+        logger.warning("only %d viewers: the limit of open files is %d", fitting, most)
+        options.max_viewers = fitting
 
 
 def append_entry(path: str, text: str) -> None:
@@ -1218,6 +1998,18 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most 86400")
 
 
+def origin(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s?#@]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://example.org:8443")
+    return origin_of(text)
+
+
+def proxy(text: str) -> str:
+    if not is_address(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no IP address")
+    return plain_address(text)
+
+
 def parser() -> Parser:
     parser = Parser(prog="audit_stream.py", description="Watch an audit log live in a browser.", allow_abbrev=False)
     option = parser.add_argument
@@ -1226,6 +2018,16 @@ def parser() -> Parser:
     option("--port", metavar="N", type=whole(0, 65535), default=8080, help="0: any free one (default: %(default)s)")
     option("--interval", metavar="SECONDS", type=seconds, default=3.0, help="of the size check (default: 3)")
     option("--initial", metavar="BYTES", type=whole(0, FRAME), default=1000, help="first shown (default: %(default)s)")
+    option("--token-file", metavar="PATH", help="access token; else AUDIT_STREAM_TOKEN or a systemd credential")
+    option("--no-auth", action="store_true", help="open to everyone who can reach the port")
+    option("--tls-cert", metavar="PATH", help="serve HTTPS and WSS; read again on SIGHUP")
+    option("--tls-key", metavar="PATH", help="the key of the certificate")
+    option("--allow-host", metavar="NAME", type=str.lower, action="append", default=[], help="a further own name")
+    option("--allow-origin", metavar="ORIGIN", type=origin, action="append", default=[], help="of a further page")
+    option("--trust-proxy", metavar="ADDRESS", type=proxy, nargs="?", const="loopback", help="take its X-Forwarded-…")
+    option("--max-viewers", metavar="N", type=whole(1, 10**6), default=10000, help="(default: %(default)s)")
+    option("--rate-limit", metavar="N", type=whole(0, 10**6), default=600, help="answers a minute and client address")
+    option("--reuse-port", action="store_true", help="several processes may share the port")
     option("--append", metavar="TEXT", help="write an entry to the log and exit")
     option("--demo", action="store_true", help="follow a throw-away log that gains an entry every second")
     option("--version", action="version", version=f"audit_stream.py {VERSION}")
@@ -1234,12 +2036,18 @@ def parser() -> Parser:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser().parse_args(argv)
-    if bool(options.log) == options.demo:
-        parser().error("one of --log PATH and --demo is needed" if not options.log else "--demo has a log of its own")
-    if re.search(r"[\r\n]", options.append or ""):
-        parser().error("--append takes one line of text")
-    if options.append is not None and options.demo:
-        parser().error("--append needs --log PATH")
+    wrong = {
+        "one of --log PATH and --demo is needed": not options.log and not options.demo,
+        "--demo has a log of its own": options.log and options.demo,
+        "--append needs --log PATH": options.append is not None and options.demo,
+        "--append takes one line of text": re.search(r"[\r\n]", options.append or ""),
+        "--tls-cert and --tls-key need each other": bool(options.tls_cert) != bool(options.tls_key),
+        "--no-auth and --token-file exclude each other": options.no_auth and options.token_file,
+        "--host is empty": not options.host,
+    }
+    for sentence, applies in wrong.items():
+        if applies:
+            parser().error(sentence)
     return options
 
 
@@ -1249,10 +2057,23 @@ def append(options: argparse.Namespace) -> None:
 
 def watch(options: argparse.Namespace) -> None:
     page = (Path(__file__).parent / "static" / "index.html").read_bytes()
+    token = read_token(options)
+    options.generated = not token and not options.no_auth and not is_local(options.host)
+    if options.generated and options.reuse_port:
+        parser().error("--reuse-port needs a token that all processes know")
+    doors = Doors(options, secrets.token_urlsafe(24).encode() if options.generated else token)
+    doors.hash_pages(page, LOGIN)
+    limit_files(options)
+    if doors.tls:
+        tls_context(options)
     with tempfile.TemporaryDirectory() if options.demo else contextlib.nullcontext("") as folder:
         options.log = options.log or os.path.join(folder, "DEMO_AUDIT.log")
-        with listen(options.host, options.port) as listener:
-            asyncio.run(run(options, page, listener))
+        with listen(options) as listener:
+            asyncio.run(run(options, doors, page, listener))
+
+
+def is_local(host: str) -> bool:
+    return host == "localhost" or is_loopback(host)
 
 
 def main(argv: list[str] | None = None) -> int:

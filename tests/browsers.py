@@ -114,7 +114,8 @@ class Browser:
     def start(self) -> None:
         raise NotImplementedError
 
-    def page(self) -> Page:
+    def page(self, window: bool = True) -> Page:
+        """In a window of its own, or in a tab that covers the page opened last."""
         raise NotImplementedError
 
     def run(self, *arguments: str, **environment: str) -> None:
@@ -176,6 +177,9 @@ class Page:
     def resize(self, width: int, height: int) -> None:
         raise NotImplementedError
 
+    def to_front(self) -> None:
+        raise NotImplementedError
+
     def screenshot(self) -> bytes:
         raise NotImplementedError
 
@@ -224,10 +228,13 @@ class Chromium(Browser):
         if page := self.pages.get(event.get("sessionId", "")):
             page.listen(event["method"], event["params"])
 
-    def page(self) -> ChromiumPage:
-        target = self.wire.call("Target.createTarget", {"url": "about:blank", "newWindow": True})["targetId"]
+    def page(self, window: bool = True) -> ChromiumPage:
+        if window:  # each with its own connections, which end with it
+            self.context = self.wire.call("Target.createBrowserContext", {})["browserContextId"]
+        how = {"url": "about:blank", "newWindow": window, "browserContextId": self.context}
+        target = self.wire.call("Target.createTarget", how)["targetId"]
         session = self.wire.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-        page = self.pages[session] = ChromiumPage(self.wire, target, session)
+        page = self.pages[session] = ChromiumPage(self.wire, target, session, self.context if window else "")
         for domain in ("Page", "Runtime", "Log"):
             page.cdp(f"{domain}.enable")
         return page
@@ -237,9 +244,9 @@ class Chromium(Browser):
 
 
 class ChromiumPage(Page):
-    def __init__(self, wire: Wire, target: str, session: str) -> None:
+    def __init__(self, wire: Wire, target: str, session: str, context: str) -> None:
         super().__init__(wire)
-        self.target, self.session, self.loaded = target, session, 0
+        self.target, self.session, self.context, self.loaded = target, session, context, 0
 
     def cdp(self, method: str, timeout: float = 30, **params: Any) -> Event:
         return self.wire.call(method, params, timeout, sessionId=self.session)
@@ -292,11 +299,17 @@ class ChromiumPage(Page):
     def resize(self, width: int, height: int) -> None:
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
+    def to_front(self) -> None:
+        self.cdp("Page.bringToFront")
+
     def screenshot(self) -> bytes:
         return base64.b64decode(self.cdp("Page.captureScreenshot")["data"])
 
     def close(self) -> None:
-        self.wire.call("Target.closeTarget", {"targetId": self.target})
+        if self.context:
+            self.wire.call("Target.disposeBrowserContext", {"browserContextId": self.context})
+        else:
+            self.wire.call("Target.closeTarget", {"targetId": self.target})
 
 
 # -- Firefox: WebDriver BiDi ---------------------------------------------------------------------
@@ -323,8 +336,8 @@ class Firefox(Browser):
         if page := self.pages.get(context):
             page.listen(event["method"], params)
 
-    def page(self) -> FirefoxPage:
-        context = self.wire.call("browsingContext.create", {"type": "window"})["context"]
+    def page(self, window: bool = True) -> FirefoxPage:
+        context = self.wire.call("browsingContext.create", {"type": "window" if window else "tab"})["context"]
         page = self.pages[context] = FirefoxPage(self.wire, context)
         return page
 
@@ -380,6 +393,9 @@ class FirefoxPage(Page):
     def resize(self, width: int, height: int) -> None:
         self.bidi("browsingContext.setViewport", viewport={"width": width, "height": height})
 
+    def to_front(self) -> None:
+        self.bidi("browsingContext.activate")
+
     def screenshot(self) -> bytes:
         return base64.b64decode(self.bidi("browsingContext.captureScreenshot")["data"])
 
@@ -404,7 +420,7 @@ class WebKit(Browser):
 
         self.wire = Wire(f"ws://{inspector}{eventually(path, 20)}")
 
-    def page(self) -> WebKitPage:
+    def page(self, window: bool = True) -> WebKitPage:
         return WebKitPage(self.wire)
 
     def ask_to_close(self) -> None:
@@ -476,7 +492,7 @@ class WebKitPage(Page):
         return base64.b64decode(shot["dataURL"].partition(",")[2])
 
     def close(self) -> None:
-        self.goto("about:blank")
+        """Its one window ends with the browser."""
 
 
 BROWSERS: dict[str, type[Browser]] = {"chromium": Chromium, "firefox": Firefox, "webkit": WebKit}

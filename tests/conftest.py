@@ -157,8 +157,11 @@ class Server:
         return sum(int(file.read_text().split()[0]) for file in spent) / 1e9
 
     def sockets(self) -> int:
-        folder = f"/proc/{self.process.pid}/fd"
-        return sum(os.readlink(f"{folder}/{name}").startswith("socket:") for name in os.listdir(folder))
+        count = 0
+        for path in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                count += os.readlink(path).startswith("socket:")
+        return count
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
         """A bare TCP connection."""
@@ -167,7 +170,11 @@ class Server:
         if receive_buffer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.settimeout(15)
-        client.connect((self.host, self.port))
+        try:
+            client.connect((self.host, self.port))
+        except OSError:
+            client.close()
+            raise
         return client
 
     def get(self, path: str, *, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
@@ -277,6 +284,7 @@ class Viewer:
         self._socket.pace = pace
         if receive_buffer:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._stack.callback(self._socket.close)
         self._socket.connect((server.host, server.port))
         self.connection = self._stack.enter_context(
             connect(
@@ -387,6 +395,10 @@ class Viewer:
         self.hurry()
         self._stack.close()
         self._thread.join(5)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a minute")
 
 
 @pytest.fixture

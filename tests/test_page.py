@@ -124,10 +124,11 @@ def watching(browser: Browser) -> Iterator[Watch]:
         return page
 
     yield open_page
-    for page, trouble in pages:
-        bad = [entry for entry in page.console if entry[0] in ("error", "assert", "dialog")]
-        assert trouble or (bad, page.errors) == ([], [])
+    for page, _ in pages:
         page.close()
+    calm = [page for page, trouble in pages if not trouble]
+    assert [entry for page in calm for entry in page.console if entry[0] in ("error", "assert", "dialog")] == []
+    assert [error for page in calm for error in page.errors] == []
 
 
 @pytest.fixture
@@ -171,6 +172,38 @@ def test_a_log_that_is_not_there_yet_appears(serve: Serve, log: Path, watch: Wat
     written = write(log, entries("the first", "the second"))
 
     shows(page, written)
+
+
+def test_an_unfinished_line_is_shown_and_completed(serve: Serve, log: Path, watch: Watch) -> None:
+    append(log, "whole\n")
+    page = watch(serve(log, "--interval", "0.2").url)
+    shows(page, ["whole"])
+
+    append(log, "half")
+    shows(page, ["whole", "half"])
+    append(log, " and half\nnext\n")
+
+    shows(page, ["whole", "half and half", "next"])
+
+
+def test_a_tab_in_the_background_misses_nothing(serve: Serve, log: Path, watch: Watch, browser: Browser) -> None:
+    written = write(log, entries("before"))
+    page = watch(serve(log).url)
+    shows(page, written)
+    cover = browser.page(window=False)
+    page.wait("document.hidden")
+
+    for start in range(0, 2000, 500):
+        size = len("".join(f"{line}\n" for line in numbered(start, start + 500)))
+        written += write(log, numbered(start, start + 500))
+        eventually(lambda size=size: RECEIVED.format(size) in said(page))  # type: ignore[misc]
+    cover.close()
+    page.to_front()
+
+    page.wait("!document.hidden")
+    ends_with(page, written[-1])
+    shown = page.js(TEXTS)
+    assert shown == written[-len(shown) :]
 
 
 def test_the_console_tells_what_happens_word_for_word(serve: Serve, log: Path, watch: Watch) -> None:

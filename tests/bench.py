@@ -1,0 +1,200 @@
+"""Measure the server beside a baseline, in one run: python3 tests/bench.py
+
+Each figure stands next to that of something simple on the same machine at the same time: the ratio is what can be
+compared between machines.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import selectors
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from conftest import KEY, Server, append, lines
+from websockets.sync.client import connect
+
+MIB = 2**20
+END = b"the end of the burst\n"
+REQUEST = (
+    "GET /ws/audit HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    f"Sec-WebSocket-Key: {KEY}\r\nSec-WebSocket-Version: 13\r\n\r\n"
+).encode()
+
+
+@contextlib.contextmanager
+def serving(*options: object) -> Iterator[tuple[Server, Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        append(log, lines(10))
+        server = Server(log, *options, folder=Path(folder), dev=False)
+        try:
+            yield server, log
+        finally:
+            server.check()
+
+
+def report(what: str, ours: float, baseline: float, unit: str, beside: str) -> None:
+    print(f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3} {ours / baseline:>7.2f} x  {beside}")
+
+
+# From write() until the line is in the hands of a reader.
+
+
+def delays(log: Path, read: Callable[[], object], count: int = 300) -> list[float]:
+    times = []
+    for number in range(count):
+        began = time.perf_counter()
+        append(log, lines(1, number))
+        read()
+        times.append(1000 * (time.perf_counter() - began))
+        time.sleep(0.025)
+    return sorted(times)
+
+
+def latency() -> None:
+    with serving() as (server, log):
+        with connect(server.ws, proxy=None) as viewer:
+            viewer.recv()
+            ours = delays(log, viewer.recv)
+        with subprocess.Popen(["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tail:
+            assert tail.stdout
+            pipe = tail.stdout.fileno()
+            os.read(pipe, 65536)
+            theirs = delays(log, lambda: os.read(pipe, 65536))
+            tail.terminate()
+    for name, place in (("p50", 0.5), ("p95", 0.95), ("max", 0.999)):
+        at = int(place * len(ours))
+        report(f"append to reader, {name}", ours[at], theirs[at], "ms", "tail -F through a pipe")
+
+
+# Many bytes to some, some bytes to many.
+
+
+def ready(clients: list[socket.socket], done: Callable[[bytes], bool]) -> None:
+    """Read from all at once until done(the last bytes) is true of each."""
+    with selectors.DefaultSelector() as selector:
+        last = {selector.register(client, selectors.EVENT_READ).fd: b"" for client in clients}
+        while last:
+            for key, _ in selector.select():
+                data = key.fileobj.recv(MIB)  # type: ignore[union-attr]
+                assert data, "closed"
+                last[key.fd] = (last[key.fd] + data)[-4096:]
+                if done(last[key.fd]):
+                    selector.unregister(key.fileobj)
+                    del last[key.fd]
+
+
+def timed(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def send_file(listener: socket.socket, path: Path) -> None:
+    """The baseline of a burst: whoever connects gets the file."""
+
+    def send(client: socket.socket) -> None:
+        with client, open(path, "rb") as file:
+            client.sendfile(file)
+            client.recv(1)
+
+    while True:
+        threading.Thread(target=send, args=listener.accept()[:1]).start()
+
+
+def answer(listener: socket.socket, reply: bytes) -> None:
+    """The baseline of a storm: whoever connects and asks gets an answer."""
+    clients = []
+    while True:
+        client, _ = listener.accept()
+        client.recv(4096)
+        client.sendall(reply)
+        clients.append(client)
+
+
+@contextlib.contextmanager
+def baseline(target: Callable[..., None], argument: object) -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        process = multiprocessing.get_context("fork").Process(target=target, args=(listener, argument), daemon=True)
+        process.start()
+        yield listener.getsockname()[1]
+        process.kill()
+        process.join()
+
+
+def burst(viewers: int) -> None:
+    data = lines(290_000).encode() + END
+    with contextlib.ExitStack() as stack:
+        server, log = stack.enter_context(serving())
+        clients = [stack.enter_context(server.upgrade()) for _ in range(viewers)]
+        writer = threading.Thread(target=append, args=(log, data))
+        writer.start()
+        ours = timed(lambda: ready(clients, lambda last: last.endswith(END)))
+        writer.join()
+        port = stack.enter_context(baseline(send_file, log))
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(viewers)]
+        theirs = timed(lambda: ready(clients, lambda last: last.endswith(END)))
+    report(f"{len(data) / 1e6:.0f} MB to {viewers} viewers", 1000 * ours, 1000 * theirs, "ms", "the file over TCP")
+
+
+def storm(stack: contextlib.ExitStack, port: int, count: int) -> float:
+    """Seconds until so many connections, all begun at once, have their answer."""
+
+    def come() -> None:
+        clients = []
+        for _ in range(count):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+            clients.append(client)
+        for client in clients:
+            client.setblocking(True)
+            client.sendall(REQUEST)
+        ready(clients, lambda last: last.endswith(b"database\n"))
+
+    return timed(come)
+
+
+def viewers_at_once(count: int = 2000) -> None:
+    with contextlib.ExitStack() as stack:
+        server, _ = stack.enter_context(serving())
+        fresh = server.memory()
+        ours = storm(stack, server.port, count)
+        grown = server.memory() - fresh
+        port = stack.enter_context(baseline(answer, lines(10).encode()))
+        theirs = storm(stack, port, count)
+    report(f"{count} viewers at once", 1000 * ours, 1000 * theirs, "ms", "accept, read, answer")
+    print(f"{'memory':<44} {fresh / MIB:>9.1f} MiB fresh, {grown / count / 1024:.1f} KiB a viewer")
+
+
+def idle(viewers: int = 100, seconds: int = 10) -> None:
+    with contextlib.ExitStack() as stack:
+        server, _ = stack.enter_context(serving())
+        for _ in range(viewers):
+            stack.enter_context(server.upgrade())
+        time.sleep(1)
+        before = server.cpu()
+        time.sleep(seconds)
+        spent = server.cpu() - before
+    print(f"{f'idle with {viewers} viewers':<44} {1000 * spent / seconds:>9.2f} ms of processor time a second")
+
+
+def main() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    latency()
+    for viewers in (1, 20):
+        burst(viewers)
+    viewers_at_once()
+    idle()
+
+
+if __name__ == "__main__":
+    main()
