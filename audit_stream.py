@@ -623,8 +623,8 @@ class Log:
         elif new.size == 0 and self.hesitates():
             return False
         else:
-            same = await self.newer(lambda gen: os.path.sameopenfile(gen.fd, old.fd), packed=False)
-            self.queue(same or await self.newer(self.is_copy), (new, "rotated"))
+            renamed = await self.newer(lambda gen: os.path.sameopenfile(gen.fd, old.fd))
+            self.queue(renamed or await self.newer(self.is_copy, old.modified), (new, "rotated"))
         self.fine()
         return True
 
@@ -634,7 +634,7 @@ class Log:
         cut = old.size < old.end or os.pread(old.fd, 4, max(0, old.end - 4)) != old.marks.tail[-4:]
         if old.size == 0 and self.hesitates():
             return False
-        copies = await self.newer(self.is_copy)
+        copies = await self.newer(self.is_copy, old.modified)
         start = 0 if copies else old.survivor()
         new = Generation(os.dup(old.fd), start)
         reason = "truncated" if cut or copies else "rewritten"
@@ -650,18 +650,25 @@ class Log:
         return True
 
     def is_copy(self, other: Generation) -> bool:
-        """Has it all that was published, and was it written since?"""
-        return os.fstat(other.fd).st_mtime_ns >= self.gen.modified and self.gen.end > 0 and other.has(self.gen.marks)
+        return self.gen.end > 0 and other.has(self.gen.marks)
 
-    async def newer(self, wanted: Callable[[Generation], bool], packed: bool = True) -> list[Generation]:
-        """The rotated files from the wanted one on, oldest first; none where it is not there."""
+    async def newer(self, wanted: Callable[[Generation], bool], since: int | None = None) -> list[Generation]:
+        """The rotated files from the wanted one on, oldest first; none where it is not there.
+
+        A copy was written after the log was read: with `since`, in ns, older files end the search.
+        """
         found: list[Generation] = []
         for path in siblings(self.path):
-            with contextlib.suppress(OSError):
-                if packed or not path.endswith(".gz"):
+            try:
+                if since is not None and os.stat(path).st_mtime_ns < since:
+                    break
+                if since is not None or not path.endswith(".gz"):
                     found.insert(0, await self.open_rotated(path))
                     if wanted(found[0]):
                         return found
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise  # there may be one all the same
         return []
 
     async def open_rotated(self, path: str, most: int = UNPACKED) -> Generation:
@@ -715,7 +722,7 @@ class Log:
                 continue  # rotated meanwhile
             newest = owners.get(parts[-1]) if parts else None
             if newest and offset_of(parts[-1]) > newest.end and newest in (current, *self.late):
-                await self.news()  # the reader has to pass first
+                await self.round.wait()  # the reader has to pass first
             elif newest or not parts:
                 return self.thread(parts, files, owners)
             elif looked:
@@ -725,33 +732,29 @@ class Log:
                 while await self.check():
                     await asyncio.sleep(0)
 
-    async def news(self) -> None:
-        """Wait for the next check."""
-        await self.round.wait()
-
     async def locate(self, parts: list[str]) -> tuple[list[Generation], dict[str, Generation]]:
         """The files, newest first, as far as they are wanted, and which of them proves which part of a cursor."""
-        live = [self.gen, *reversed(self.late)]
-        slots: list[Generation | str] = [*live]
+        files = [self.gen, *reversed(self.late)]
+        owners = assign(parts, files)
+        if parts and all(part in owners and owners[part].part(offset_of(part)) == part for part in parts):
+            return files, owners
+        packed = []
         for path in siblings(self.path):
             with contextlib.suppress(OSError):
-                slot = path if path.endswith(".gz") else open_file(path)
-                if isinstance(slot, str) or not any(os.path.sameopenfile(slot.fd, gen.fd) for gen in live):
-                    slots.append(slot)
-        files = [slot for slot in slots if isinstance(slot, Generation)]
+                if path.endswith(".gz"):
+                    packed.append((len(files), path))
+                elif not any(os.path.sameopenfile((gen := open_file(path)).fd, known.fd) for known in files):
+                    files.append(gen)
         owners = assign(parts, files)
-        left = UNPACKED
-        for slot in slots:
-            oldest = max((slots.index(gen) for gen in owners.values()), default=-1)
-            if parts and len(owners) == len(parts) and slots.index(slot) > oldest:
+        left, opened = UNPACKED, 0
+        for place, path in packed:
+            if parts and len(owners) == len(parts) and all(gen in files[: place + opened] for gen in owners.values()):
                 break
-            if isinstance(slot, str):
-                with contextlib.suppress(OSError):
-                    gen = await self.open_rotated(slot, left)
-                    left -= gen.size
-                    slots[slots.index(slot)] = gen
-                    files = [slot for slot in slots if isinstance(slot, Generation)]
-                    owners = assign(parts, files)
+            with contextlib.suppress(OSError):
+                files.insert(place + opened, await self.open_rotated(path, left))
+                left -= files[place + opened].size
+                opened += 1
+                owners = assign(parts, files)
         return files, owners
 
     def thread(self, parts: list[str], files: list[Generation], owners: dict[str, Generation]) -> Position:
@@ -759,20 +762,17 @@ class Log:
         for gen in files:
             if gen is not self.gen and gen not in self.late:
                 gen.mark(gen.size)
-        newest = owners[parts[-1]] if parts else None
+        newest = owners[parts[-1]] if parts else files[-1]
         sent = [(owners[part], part) for part in parts[:-1] if part in owners]
-        first = Segment(newest, (part for _, part in sent)) if newest else Segment(self.gen)
-        start = Position(first, offset_of(parts[-1]) if parts else 0)
-        last = first
+        first = last = Segment(newest, (part for _, part in sent))
         for gen, part in sent:
-            last = last.lead(Segment(gen, newer=[first.gen.part(first.end)]), offset_of(part))
-        missed = files[1 : files.index(newest)] if newest else files[1:]
-        for gen in reversed(missed):
+            last = last.lead(Segment(gen, newer=[newest.part(newest.end)]), offset_of(part))
+        for gen in reversed(files[1 : files.index(newest)]):
             last = last.lead(Segment(gen), 0, "rotated")
         last.stop = last.end
-        same = newest is self.gen
-        last.next = Link(self.tail, self.gen.end if same else 0, "" if same else "rotated")
-        return start
+        current = newest is self.gen
+        last.next = Link(self.tail, self.gen.end if current else 0, "" if current else "rotated")
+        return Position(first, offset_of(parts[-1]) if parts else 0)
 
 
 def parse_cursor(cursor: str) -> list[str] | None:

@@ -8,7 +8,8 @@ import { resolve } from "node:path";
 
 const [page, modules] = process.argv.slice(2);
 const load = createRequire(resolve(modules, "x"));
-const acorn = load("acorn"), walk = load("acorn-walk"), postcss = load("postcss"), data = load("@mdn/browser-compat-data");
+const [acorn, walk, postcss] = ["acorn", "acorn-walk", "postcss"].map(load);
+const data = load("@mdn/browser-compat-data");
 
 const OLDEST = { chrome: "88", edge: "88", firefox: "85", safari: "14", opera: "74" };
 const YEAR = 2021; // the newest edition of ECMAScript whose syntax all of them read
@@ -42,7 +43,8 @@ function* inside(tag) {
 // -- script ---------------------------------------------------------------------------------------
 
 const builtins = data.javascript.builtins, api = data.api;
-const globalNamed = name => own(builtins, name) || own(api, name) || own(api.Window, name) || own(api, name + "_static");
+const globalNamed = name =>
+  own(builtins, name) || own(api, name) || own(api.Window, name) || own(api, name + "_static");
 const members = {}; // name -> what every interface says of its member of that name
 for (const root of [api, builtins]) {
   for (const type of Object.values(root)) {
@@ -69,8 +71,13 @@ for (const [script, before] of inside("script")) {
   } catch (error) {
     found.add(`line ${before + error.loc.line}: syntax newer than ES${YEAR}: ${error.message}`);
   }
-  const tree = parse("latest"), declared = new Set(), line = node => before + node.loc.start.line;
-  walk.simple(tree, { VariablePattern: node => declared.add(node.name) });
+  const tree = parse("latest"), line = node => before + node.loc.start.line;
+  const declared = new Set(), keys = new Set(), called = new Set(); // a key of its own may be read, but not called
+  walk.simple(tree, {
+    VariablePattern: node => declared.add(node.name),
+    Property: node => keys.add(node.key.name),
+    CallExpression: node => called.add(node.callee),
+  });
   walk.simple(tree, {
     Identifier(node) {
       if (!declared.has(node.name)) check(globalNamed(node.name), line(node), node.name);
@@ -80,10 +87,11 @@ for (const [script, before] of inside("script")) {
       const { object, property: { name } } = node, type = object.type === "Identifier" && globalNamed(object.name);
       const exact = type && (own(type, name + "_static") || own(type, name));
       if (exact) check(exact, line(node), `${object.name}.${name}`);
-      else checkMember(name, line(node), `.${name}`);
+      else if (called.has(node) || !keys.has(name)) checkMember(name, line(node), `.${name}`);
     },
     CallExpression({ callee, arguments: [first] }) {
-      if (callee.property?.name === "addEventListener" && first?.value) checkMember(`${first.value}_event`, line(first), `event ${first.value}`);
+      if (callee.property?.name !== "addEventListener" || !first.value) return;
+      checkMember(`${first.value}_event`, line(first), `event ${first.value}`);
     },
     NewExpression({ callee, arguments: [first, second] }) {
       if (callee.name === "RegExp") checkPattern(String(first?.value), String(second?.value ?? ""), line(callee));
@@ -113,15 +121,19 @@ const checkDeclaration = (node, where) => {
   if (/gap$/.test(prop)) node.parent.walkDecls("display", display => { flex ||= display.value.includes("flex"); });
   if (flex) check(property.flex_context, where, `css ${prop} in a flex box`);
 };
+const checkRule = ({ parent, selector }, where) => {
+  if (parent.type === "rule" || selector.includes("&")) check(selectors.nesting, where, "css nesting");
+  for (const [, name] of selector.matchAll(/::?([a-z-]+)/g)) check(own(selectors, name), where, `css :${name}`);
+};
+const checkAtRule = ({ name, params }, where) => {
+  check(atRules[name], where, `css @${name}`);
+  for (const [, word] of params.matchAll(/\(([a-z-]+)/g)) {
+    check(own(atRules[name], word), where, `css @${name} ${word}`);
+  }
+};
 for (const [style, before] of inside("style")) {
-  postcss.parse(style).walk(node => {
-    const where = before + node.source.start.line;
-    if (node.type === "decl") checkDeclaration(node, where);
-    if (node.type === "rule" && (node.parent.type === "rule" || node.selector.includes("&"))) check(selectors.nesting, where, "css nesting");
-    if (node.type === "rule") for (const [, name] of node.selector.matchAll(/::?([a-z-]+)/g)) check(own(selectors, name), where, `css :${name}`);
-    if (node.type === "atrule") check(atRules[node.name], where, `css @${node.name}`);
-    if (node.name === "media") for (const [, name] of node.params.matchAll(/\(([a-z-]+)/g)) check(own(atRules.media, name), where, `css @media ${name}`);
-  });
+  const checks = { decl: checkDeclaration, rule: checkRule, atrule: checkAtRule };
+  postcss.parse(style).walk(node => checks[node.type]?.(node, before + node.source.start.line));
 }
 
 // -- markup ---------------------------------------------------------------------------------------

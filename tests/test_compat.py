@@ -12,7 +12,7 @@ MODULES = ("acorn@8.19.0", "acorn-walk@8.3.5", "postcss@8.5.33", "@mdn/browser-c
 
 # a piece of a page -> how the check names what is wrong with it
 TOO_NEW = {
-    "<script>[1].at(-1)</script>": ".at",
+    "<script>({ at: [1] }).at.at(-1)</script>": ".at",
     "<script>[1].findLast(Boolean)</script>": ".findLast",
     "<script>Object.hasOwn({}, 'a')</script>": "Object.hasOwn",
     "<script>structuredClone({})</script>": "structuredClone",
@@ -41,7 +41,7 @@ TOO_NEW = {
 OLD_ENOUGH = """<p hidden>a</p>
 <style>p { display: grid; gap: 1em; color: rgba(0, 0, 0, .5) } p:hover { color: var(--a) }</style>
 <script>
-const at = [1]; at?.[0] ?? at.flatMap(String); at.b ||= /(?<year>\\d)/u;
+const at = [1], own = { lost: 1 }; own.lost; at?.[0] ?? at.flatMap(String); at.b ||= /(?<year>\\d)/u;
 box.addEventListener('scroll', at)</script>
 """
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NO_INOTIFY, add, append, lines, pack, shift
+from conftest import NO_INOTIFY, Server, Viewer, add, append, lines, pack, shift
 
 FIRST = lines(20)
 MIB = 2**20
@@ -126,7 +126,7 @@ def replaced_by_a_new_file(log):
 def replaced_by_a_copy_while_the_old_one_keeps_a_name(log):
     log.rename(f"{log}.1")
     shutil.copy(f"{log}.1", log)
-    return FIRST + add(log, "a")
+    return log.read_text() + add(log, "a")
 
 
 @change()
@@ -192,17 +192,34 @@ def copied_and_truncated_and_grown_longer(log):
     return added + add(log, "b", 300)
 
 
-@pytest.mark.parametrize("how", ["live", "away", "polling"])
-@pytest.mark.parametrize(("happens", "reasons"), CHANGES)
-def test_the_text_is_what_was_written_when_the_log(happens, reasons, how, serve, view, log):
-    server, viewer = start(serve, view, log, how)
+@pytest.fixture(scope="module", params=["live", "away", "polling"])
+def followed(request, tmp_path_factory):
+    """One server for all changes, in each of three ways to notice them; a viewer that sees them all."""
+    log = tmp_path_factory.mktemp("followed") / "AUTO_REPAIR_AUDIT.log"
+    prefix = NO_INOTIFY if request.param == "polling" else ()
+    server = Server(log, "--initial", 131072, "--interval", 0.3, folder=tmp_path_factory.mktemp("server"), prefix=prefix)
+    witness = Viewer(server, json=True)
+    yield server, server.looking_away if request.param == "away" else contextlib.nullcontext, witness
+    witness.close()
+    server.check()
 
-    with server.looking_away() if how == "away" else contextlib.nullcontext():
+
+@pytest.mark.parametrize(("happens", "reasons"), CHANGES)
+def test_the_text_is_what_was_written_when_the_log(happens, reasons, followed, view):
+    server, meanwhile, witness = followed
+    log = server.log
+    for path in log.parent.iterdir():
+        path.unlink()
+    first = append(log, lines(20, start=1000 * len(witness.frames))).decode()
+    witness.wait(first)
+    viewer = view(server, json=True).wait(first)
+
+    with meanwhile():
         added = happens(log)
     append(log, "marker\n")
     viewer.wait("marker\n")
 
-    assert viewer.joined() == FIRST + added + "marker\n"
+    assert viewer.joined() == first + added + "marker\n"
     assert len(viewer.reasons()) == len(reasons)
     assert all(got in allowed.split() for got, allowed in zip(viewer.reasons(), reasons, strict=True))
 
@@ -372,31 +389,34 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_what_is_no_log_blocks_nothing(obstacle, serve, view, log, tmp_path):
+def test_what_is_no_log_blocks_nothing(serve, view, log, tmp_path):
     server, viewer = start(serve, view, log)
+    expected = FIRST
 
-    log.rename(f"{log}.1")
+    for name, put in OBSTACLES.items():
+        told = len(viewer.states())
+        log.rename(f"{log}.1")
+        put(log)
+        viewer.wait(lambda it, told=told: len(it.states()) > told)
+        asked = time.monotonic()
+        status, _, body = server.get("/healthz")
+        waited = time.monotonic() - asked
+        log.rename(tmp_path / f"aside, {name}")
+        expected += add(log, name)
+        viewer.wait(expected)
+
+        trouble, ok = viewer.of("state")[told:]
+        known = {"dangling link": ["missing"], "loop": ["missing", "unreadable"]}
+        assert trouble["state"] in known.get(name, ["unreadable"]) and ok["state"] == "ok"
+        assert trouble["detail"] and str(tmp_path) not in trouble["detail"] + body.decode()
+        assert status == 503 and waited < 1
+
+    assert viewer.joined() == expected
+
+
+@pytest.mark.parametrize("obstacle", ["directory", "fifo", "loop"])
+def test_it_starts_with_what_is_no_log(obstacle, serve, view, log, tmp_path):
     OBSTACLES[obstacle](log)
-    viewer.wait(lambda it: it.states())
-    asked = time.monotonic()
-    status, _, body = server.get("/healthz")
-    waited = time.monotonic() - asked
-    log.rename(tmp_path / "aside")
-    written = add(log, "new")
-    viewer.wait(written)
-
-    trouble, ok = viewer.of("state")
-    known = {"dangling link": ["missing"], "loop": ["missing", "unreadable"]}
-    assert trouble["state"] in known.get(obstacle, ["unreadable"]) and ok["state"] == "ok"
-    assert trouble["detail"] and str(tmp_path) not in trouble["detail"]
-    assert status == 503 and waited < 1 and str(tmp_path) not in body.decode()
-    assert viewer.joined() == FIRST + written
-
-
-@pytest.mark.parametrize("put", OBSTACLES.values(), ids=OBSTACLES.keys())
-def test_it_starts_with_what_is_no_log(put, serve, view, log, tmp_path):
-    put(log)
     server = serve(log, "--interval", 0.3)
     viewer = view(server, json=True).wait(lambda it: it.of("state"))
 

@@ -268,6 +268,10 @@ def test_pause_and_resume_lose_nothing(serve: Serve, log: Path, watch: Watch, vi
     page.wait(f"{BUTTONS}.some(button => {NAME}(button).includes('Pause'))")
 
 
+def number_in_view(page: Page) -> int:
+    return int(page.js(FIRST)[0].split()[-1])
+
+
 def scroll_up(page: Page, pixels: int) -> None:
     x, y = page.js(CENTRE.format("document.querySelector('#auditBox')"))
     before = page.js(FIRST)
@@ -575,7 +579,9 @@ def test_a_burst_of_300_000_lines_leaves_the_page_usable(serve: Serve, log: Path
     assert page.js("document.querySelectorAll('#auditBox .seam').length") == 0
 
 
-def test_the_next_screens_are_in_the_dom_before_one_scrolls_there(serve: Serve, log: Path, watch: Watch) -> None:
+def test_the_next_screens_are_there_before_one_scrolls_and_nothing_jumps(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 5000))
     page = watch(serve(log).url)
     ends_with(page, written[-1])
@@ -583,9 +589,13 @@ def test_the_next_screens_are_in_the_dom_before_one_scrolls_there(serve: Serve, 
     below = f"{LINES}.pop().getBoundingClientRect().bottom - innerHeight"
 
     page.wait(f"{above} >= 4000")
+    height = page.js(f"{LINES}[0].getBoundingClientRect().height")
     for _ in range(4):
+        before = number_in_view(page)
         page.js(f"({SCROLLER}).scrollBy(0, -3500)")
         page.wait(f"{above} >= 4000")
+        page.wait(AT_REST)
+        assert before - number_in_view(page) == pytest.approx(3500 / height, abs=2)
     page.wait(f"{below} >= 4000")
 
     shown = page.js(TEXTS)
