@@ -854,6 +854,7 @@ class Connection(ServerConnection):
             oldest.transport.abort()
         self.progress = 0, time.monotonic()
         self.told = "ok", ""
+        self.at: Position | None = None  # so far it was served; none while it is live
         # The kernel takes 2.8 MB for a client that reads nothing: with this the write buffer tells the truth.
         with contextlib.suppress(OSError, AttributeError):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * KIB)
@@ -895,33 +896,41 @@ class Viewers:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.at = Position(log.tail, log.tail.end)
-        self.live: dict[Connection, asyncio.Future[Position]] = {}
-        self.waiting: list[tuple[asyncio.Future[Position], Position]] = []
+        self.live: dict[Connection, asyncio.Future[None]] = {}
+        self.waiting: list[asyncio.Future[None]] = []
         self.spoke = time.monotonic()
 
-    async def join(self, viewer: Connection, at: Position) -> Position:
-        """Be live, until there is something to read for oneself; the position then."""
-        future: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
-        if at != self.at:  # the follower has yet to say what happened
-            self.waiting.append((future, at))
+    async def join(self, viewer: Connection) -> None:
+        """Be live, until there is something to read for oneself."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        assert viewer.at
+        if settled(viewer.at) != self.at:  # the follower has yet to say what happened
+            self.waiting.append(future)
             return await future
+        viewer.at = None  # it moves with all the others: a position of its own would keep rotated files open
         self.live[viewer] = future
         try:
-            return await future
+            await future
         finally:
             del self.live[viewer]
+
+    def release(self, viewer: Connection, future: asyncio.Future[None]) -> None:
+        if not future.done():  # else it has just left
+            viewer.at = self.at
+            future.set_result(None)
 
     def advance(self) -> None:
         """Send the live ones what was published since; those who are slow, or all if it is much, read the file."""
         waiting, self.waiting = self.waiting, []
-        for future, at in waiting:
-            release(future, at)
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
         self.tell((self.log.state, self.log.detail))
         end = Position(self.log.tail, self.log.tail.end)
         frames = self.batch(end)
         for viewer, future in self.live.items():
             if frames is None or viewer.buffered > BACKLOG:
-                release(future, self.at)
+                self.release(viewer, future)
         self.at = end
         for frame in frames or ():
             self.send(frame.text if frame.data else None, frame.as_json())
@@ -952,11 +961,6 @@ class Viewers:
         self.spoke = time.monotonic()
 
 
-def release(future: asyncio.Future[Position], at: Position) -> None:
-    if not future.done():  # else its viewer has just left
-        future.set_result(at)
-
-
 def state_frame(state: tuple[str, str]) -> str:
     return json.dumps({"type": "state", "state": state[0], "detail": state[1]})
 
@@ -981,16 +985,16 @@ async def feed(viewers: Viewers, initial: int, viewer: Connection) -> None:
     """First the end of the log, or what came since the cursor; then step by step, and live at the end."""
     log = viewers.log
     with contextlib.suppress(ConnectionClosed):
-        at, first = await opening(log, initial, query_of(viewer).get("since"))
+        viewer.at, first = await opening(log, initial, query_of(viewer).get("since"))
         await viewer.send(json.dumps(first, ensure_ascii=False) if viewer.speaks_json else first["text"])
-        while True:
+        while viewer.at:
             if viewer.speaks_json and viewer.told != (log.state, log.detail):
                 viewer.told = log.state, log.detail
                 await viewer.send(state_frame(viewer.told))
-            elif not (frame := step(at)):
-                at = await viewers.join(viewer, settled(at))
+            elif not (frame := step(viewer.at)):
+                await viewers.join(viewer)
             else:
-                at = frame.to
+                viewer.at = frame.to
                 if viewer.speaks_json or frame.data:
                     await viewer.send(frame.as_json() if viewer.speaks_json else frame.text)
 
