@@ -380,6 +380,16 @@ def siblings(path: str) -> list[str]:
     return [file for _, file in found[:SIBLINGS]]
 
 
+def listing(path: str) -> list[tuple[str, int, int]]:
+    """The log and the files beside it, and which ones they are."""
+    found = []
+    for name in (path, *siblings(path)):
+        with contextlib.suppress(OSError):
+            status = os.stat(name)
+            found.append((name, status.st_dev, status.st_ino))
+    return found
+
+
 def unpack(path: str, most: int) -> Generation:
     """A .gz file as an ordinary one, in a temporary file without a name; OSError if it is broken or larger."""
     with tempfile.TemporaryFile() as copy, gzip.open(path) as packed:
@@ -611,6 +621,7 @@ class Log:
         try:
             if self.found and os.path.samestat(os.stat(self.path), os.fstat(self.gen.fd)):
                 return self.fine()
+            before = listing(self.path)
             new = open_file(self.path)
         except OSError as error:
             gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -624,7 +635,10 @@ class Log:
             return False
         else:
             renamed = await self.newer(lambda gen: os.path.sameopenfile(gen.fd, old.fd))
-            self.queue(renamed or await self.newer(self.is_copy, old.modified), (new, "rotated"))
+            chain = renamed or await self.newer(self.is_copy, old.modified)
+            if listing(self.path) != before:
+                return True  # the files were renamed while we opened them: look again
+            self.queue(chain, (new, "rotated"))
         self.fine()
         return True
 
@@ -634,7 +648,10 @@ class Log:
         cut = old.size < old.end or os.pread(old.fd, 4, max(0, old.end - 4)) != old.marks.tail[-4:]
         if old.size == 0 and self.hesitates():
             return False
+        before = listing(self.path)
         copies = await self.newer(self.is_copy, old.modified)
+        if listing(self.path) != before:
+            return True
         start = 0 if copies else old.survivor()
         new = Generation(os.dup(old.fd), start)
         reason = "truncated" if cut or copies else "rewritten"
@@ -716,9 +733,9 @@ class Log:
             return "malformed"
         looked = False
         while True:
-            current = self.gen
+            current, before = self.gen, listing(self.path)
             files, owners = await self.locate(parts)
-            if current is not self.gen:
+            if current is not self.gen or listing(self.path) != before:
                 continue  # rotated meanwhile
             newest = owners.get(parts[-1]) if parts else None
             if newest and offset_of(parts[-1]) > newest.end and newest in (current, *self.late):
@@ -1416,6 +1433,9 @@ async def respond(site: Site, connection: ServerConnection, request: Request) ->
         response = await admit(site, connection, request, who, path, upgrade)
     except Trouble as trouble:
         response = refusal(path, site.doors.recount(trouble, who) if upgrade else trouble)
+    if connection.protocol.eof_sent:  # more came than one request: the library gave up, and would fail to answer
+        connection.transport.abort()
+        await connection.wait_closed()
     if response is None:
         return None
     if request.method == "HEAD":
@@ -1947,7 +1967,9 @@ def address_to_open(options: argparse.Namespace, doors: Doors, port: int) -> str
 def limit_files(options: argparse.Namespace) -> None:
     """Raise the soft limit of open files as far as it goes, and cut what needs them to fit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     Connection.most_unasked = min(4096, most // 4)
     fitting = most - Connection.most_unasked - min(256, most // 4)
     if options.max_viewers > fitting:

@@ -197,7 +197,8 @@ def followed(request, tmp_path_factory):
     """One server for all changes, in each of three ways to notice them; a viewer that sees them all."""
     log = tmp_path_factory.mktemp("followed") / "AUTO_REPAIR_AUDIT.log"
     prefix = NO_INOTIFY if request.param == "polling" else ()
-    server = Server(log, "--initial", 131072, "--interval", 0.3, folder=tmp_path_factory.mktemp("server"), prefix=prefix)
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(log, "--initial", 131072, "--interval", 0.3, folder=folder, prefix=prefix)
     witness = Viewer(server, json=True)
     yield server, server.looking_away if request.param == "away" else contextlib.nullcontext, witness
     witness.close()

@@ -197,6 +197,7 @@ def test_a_reconnecting_viewer_misses_nothing_of_a_burst_with_kills(serve, view,
     while True:
         last = over.is_set()
         viewer = view(server, json=True, since=cursor)
+        viewer.wait(lambda it: it.frames)
         if last:
             viewer.wait(lambda it, text=text: (text + it.text).endswith(END))
         else:
@@ -305,7 +306,7 @@ def test_an_empty_new_log_is_resumed_from_the_end_of_the_old_one(serve, view, lo
 def test_a_resume_is_checked_against_the_file_not_the_reader(serve, view, log):
     append(log, FIRST)
     server = serve(log)
-    sleepy = serve(log, "--interval", 3, prefix=NO_INOTIFY)
+    sleepy = serve(log, "--interval", 1, prefix=NO_INOTIFY)
     watch(sleepy, view)
     viewer = watch(server, view)
     added = add(log, "a")
