@@ -451,29 +451,31 @@ class Position(NamedTuple):
         return self.segment.cursor(self.offset)
 
 
-class Frame(NamedTuple):
+class Frame:
     """What one step brings: bytes of the log, a hole, or the beginning of another generation."""
 
-    kind: str
-    reason: str
-    start: int
-    to: Position
-    data: bytes
+    def __init__(self, kind: str, reason: str, start: int, to: Position, data: bytes = b"") -> None:
+        self.kind, self.reason, self.start, self.to, self.data = kind, reason, start, to, data
 
-    @property
+    @functools.cached_property
     def text(self) -> str:
         return self.data.decode(errors="replace")
 
-    def as_json(self) -> str:
-        fields: dict[str, Any] = {"type": self.kind}
+    @functools.cached_property
+    def plain(self) -> bytes:
+        return self.text.encode()
+
+    @functools.cached_property
+    def json(self) -> bytes:
+        gen, end = self.to.segment.gen, self.to.offset
+        fields: dict[str, Any] = {"type": self.kind, "start": self.start, "cursor": self.to.cursor}
         if self.kind == "append":
-            fields |= {"generation": self.to.segment.gen.name, "start": self.start, "end": self.to.offset}
-            fields["text"] = self.text
+            fields |= {"generation": gen.name, "end": end, "text": self.text}
         elif self.kind == "skip":
-            fields |= {"reason": self.reason, "start": self.start, "end": self.to.offset}
+            fields |= {"reason": self.reason, "end": end}
         else:
-            fields |= {"reason": self.reason, "generation": self.to.segment.gen.name, "start": self.start}
-        return json.dumps(fields | {"cursor": self.to.cursor}, ensure_ascii=False)
+            fields |= {"reason": self.reason, "generation": gen.name}
+        return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def settled(at: Position) -> Position:
@@ -492,13 +494,13 @@ def step(at: Position) -> Frame | None:
         if segment.next is None:
             return None
         segment, offset, event = segment.next
-        return Frame("generation", event, offset, Position(segment, offset), b"")
+        return Frame("generation", event, offset, Position(segment, offset))
     data = gen.read(offset, min(end, offset + FRAME))
     if not gen.intact() and not segment.next:
         return None
     if not data or not gen.intact():  # a rotated file that was changed is as good as a hole
         to = (gen.intact() and gen.after_hole(offset)) or end
-        return Frame("skip", "hole", offset, Position(segment, min(to, end)), b"")
+        return Frame("skip", "hole", offset, Position(segment, min(to, end)))
     if len(data) == FRAME and offset + FRAME < end:
         data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
     return Frame("append", "", offset, Position(segment, offset + len(data)), data)
@@ -578,18 +580,15 @@ class Log:
         whole = data.rfind(b"\n") + 1
         if not whole and len(data) == FRAME and (data.strip(b"\0") or gen.goes_on(start + FRAME)):
             whole = whole_characters(data)
-        if whole:
-            gen.mark(start + whole)
-            counted["read_lines_total"] += data.count(b"\n")
-        if len(data) == FRAME:
-            return whole > 0
-        rest = data[whole:].rstrip(b"\0")
-        hole = gen.after_hole(gen.end) if gen.size > start + len(data) else None
-        if rest and (final or hole or self.overdue(gen, gen.end + len(rest))):
-            gen.mark(gen.end + (len(rest) if final or hole else whole_characters(rest)))
-        if hole:
-            gen.mark(hole)
-        return hole is not None
+        rest = data[whole:].rstrip(b"\0") if len(data) < FRAME else b""
+        hole = gen.after_hole(start + whole) if len(data) < FRAME and gen.size > start + len(data) else None
+        if rest and (final or hole or self.overdue(gen, start + whole + len(rest))):
+            whole += len(rest) if final or hole else whole_characters(rest)
+        if whole or hole:
+            gen.mark(hole or start + whole)
+            counted["read_bytes_total"] += whole
+            counted["read_lines_total"] += data.count(b"\n", 0, whole)
+        return hole is not None or (len(data) == FRAME and whole > 0)
 
     def overdue(self, gen: Generation, end: int) -> bool:
         """Has nothing been added for an interval?"""
@@ -655,7 +654,7 @@ class Log:
         start = 0 if copies else old.survivor()
         new = Generation(os.dup(old.fd), start)
         reason = "truncated" if cut or copies else "rewritten"
-        logger.info("log was %s; going on at byte %d", reason, start)
+        self.note(reason)
         if copies:
             old.swap(copies[0])
             self.queue(copies, (new, reason))
@@ -706,7 +705,12 @@ class Log:
         self.late[old] = time.monotonic() + LATE
         self.gen = new
         self.tail = self.tail.lead(self.segment(new), 0, reason)
-        logger.info("log was %s; the next file begins", reason)
+        if reason == "rotated":
+            self.note(reason)
+
+    def note(self, reason: str) -> None:
+        counted[f'generations_total{{reason="{reason}"}}'] += 1
+        logger.info("log was %s", reason)
 
     def hesitates(self) -> bool:
         self.amiss = self.amiss or time.monotonic()
@@ -915,6 +919,7 @@ class Viewers:
         self.at = Position(log.tail, log.tail.end)
         self.live: dict[Connection, asyncio.Future[None]] = {}
         self.waiting: list[asyncio.Future[None]] = []
+        self.recent: dict[Position, Frame] = {}  # the last 16, read and written out once for all who catch up
         self.spoke = time.monotonic()
 
     async def join(self, viewer: Connection) -> None:
@@ -950,9 +955,12 @@ class Viewers:
                 self.release(viewer, future)
         self.at = end
         for frame in frames or ():
-            self.send(frame.text if frame.data else None, frame.as_json())
+            self.send(frame.plain, frame.json)
         if time.monotonic() - self.spoke > QUIET:
-            self.send(None, json.dumps({"type": "checked", "size": self.log.gen.size, "end": self.log.gen.end}))
+            checked = {"type": "checked", "size": self.log.gen.size, "end": self.log.gen.end}
+            self.send(b"", json.dumps(checked).encode())
+        if len(self.live) == len(Connection.viewers):
+            self.recent.clear()  # frames keep their files open
 
     def batch(self, end: Position) -> list[Frame] | None:
         """What all who are live get now; None where each has to read it."""
@@ -964,22 +972,35 @@ class Viewers:
 
     def tell(self, state: tuple[str, str]) -> None:
         news = [viewer for viewer in self.live if viewer.told != state and viewer.speaks_json]
-        broadcast(news, state_frame(state))
+        broadcast(news, state_frame(state), text=True)
         for viewer in news:
             viewer.told = state
 
-    def send(self, plain: str | None, as_json: str) -> None:
+    def send(self, plain: bytes, as_json: bytes) -> None:
         """To all who are live and not about to leave."""
         here = [viewer for viewer, future in self.live.items() if not future.done()]
-        broadcast([viewer for viewer in here if viewer.speaks_json], as_json)
-        counted["sent_frames_total"] += len(here)
-        if plain is not None:
-            broadcast([viewer for viewer in here if not viewer.speaks_json], plain)
+        broadcast([viewer for viewer in here if viewer.speaks_json], as_json, text=True)
+        if plain:
+            broadcast([viewer for viewer in here if not viewer.speaks_json], plain, text=True)
+        counted["sent_bytes_total"] += len(plain) * len(here)
         self.spoke = time.monotonic()
 
+    def next_message(self, viewer: Connection) -> bytes | None:
+        """What comes next for one that catches up, empty where it is not told; None at the end."""
+        assert viewer.at
+        frame = self.recent.get(viewer.at) or step(viewer.at)
+        if frame is None:
+            return None
+        self.recent[viewer.at] = frame
+        if len(self.recent) > 16:
+            del self.recent[next(iter(self.recent))]
+        viewer.at = frame.to
+        counted["sent_bytes_total"] += len(frame.data)
+        return frame.json if viewer.speaks_json else frame.plain
 
-def state_frame(state: tuple[str, str]) -> str:
-    return json.dumps({"type": "state", "state": state[0], "detail": state[1]})
+
+def state_frame(state: tuple[str, str]) -> bytes:
+    return json.dumps({"type": "state", "state": state[0], "detail": state[1]}).encode()
 
 
 async def watch_along(viewers: Viewers, initial: int, viewer: ServerConnection) -> None:
@@ -1007,13 +1028,11 @@ async def feed(viewers: Viewers, initial: int, viewer: Connection) -> None:
         while viewer.at:
             if viewer.speaks_json and viewer.told != (log.state, log.detail):
                 viewer.told = log.state, log.detail
-                await viewer.send(state_frame(viewer.told))
-            elif not (frame := step(viewer.at)):
+                await viewer.send(state_frame(viewer.told), text=True)
+            elif (message := viewers.next_message(viewer)) is None:
                 await viewers.join(viewer)
-            else:
-                viewer.at = frame.to
-                if viewer.speaks_json or frame.data:
-                    await viewer.send(frame.as_json() if viewer.speaks_json else frame.text)
+            elif message:
+                await viewer.send(message, text=True)
 
 
 async def opening(log: Log, initial: int, since: str | None) -> tuple[Position, dict[str, Any]]:
@@ -1131,6 +1150,7 @@ class Search:
             await asyncio.wait_for(self.places.acquire(), 3)
         except TimeoutError:
             raise Trouble(503, "too many searches at a time", Retry_After="3") from None
+        counted["searches_total"] += 1
         work = asyncio.create_task(self.backwards(gen, min(before, gen.size), command(terms, "case" in query), limit))
         gone = asyncio.create_task(connection.wait_closed())
         try:

@@ -48,7 +48,7 @@ class Reading:
     def __init__(self, lives, life, start):
         self.lives, self.first, self.start = lives, life, start
         self.current, self.entered = life, None  # a new generation has no life until its first bytes come
-        self.names = {}
+        self.names, self.leapt = {}, False
         self.parts = {life: [(start, start, "")]}
 
     def position(self, life):
@@ -57,11 +57,17 @@ class Reading:
     def take(self, frame):
         if frame["type"] == "generation":
             self.names[frame["generation"]] = None
-            self.entered = frame["start"]
+            self.entered, self.leapt = frame["start"], False
         elif frame["type"] == "skip" and frame["end"] > frame["start"]:
-            self.add(self.current, frame["start"], frame["end"], None)
+            self.skip(frame["start"], frame["end"])
         elif frame.get("text"):
             self.add(self.life_of(frame), frame["start"], frame["end"], frame["text"])
+
+    def skip(self, start, end):
+        if self.entered is None:
+            return self.add(self.current, start, end, None)
+        assert self.entered == start
+        self.entered, self.leapt = end, True
 
     def life_of(self, frame):
         """Whose bytes these are, at the place where the reading has to go on."""
@@ -71,7 +77,7 @@ class Reading:
             return known
         joining = [life for life in fits if self.joins(life, start)]
         assert joining, f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits}, does not join {self}"
-        self.names[name] = life = joining[0]
+        self.names[name] = life = min(joining, key=lambda life: (life.number < self.current.number, life.number))
         if life.number > self.current.number:
             self.current, self.entered = life, None
         return life
@@ -85,7 +91,7 @@ class Reading:
         if life.number < self.current.number:
             return life.number < self.first.number  # written late to a file that was rotated before we came
         if self.entered is not None:
-            return self.entered == start and start <= (life.shared() if life.parent else 0)
+            return self.entered == start and (self.leapt or start <= life.shared())
         return self.position(self.current) == start <= life.shared()  # it was cut behind this place
 
     def add(self, life, start, end, text):
@@ -101,14 +107,18 @@ class Reading:
             own += [(start, min(end, shared)) for start, end in self.got(life) if start < shared]
         return own
 
+    def inherited(self, life):
+        """What came of a life as the beginning of a later one."""
+        heirs = [each for each in self.lives if each.parent is life]
+        return [(a, min(b, heir.shared())) for heir in heirs for a, b in self.got(heir) + self.inherited(heir)]
+
     def got(self, life):
-        return [(start, end) for start, end, text in self.parts.get(life, []) if text is not None]
+        before = [(0, self.start)] if life is self.first else []
+        return before + [(start, end) for start, end, text in self.parts.get(life, []) if text is not None]
 
     def missing(self, life):
-        at = self.start if life is self.first else 0
-        heirs = [each for each in self.lives if each.parent is life]
-        heirs = [(start, min(end, heir.shared())) for heir in heirs for start, end in self.got(heir)]
-        for start, end in sorted(self.covered(life) + heirs):
+        at = 0
+        for start, end in sorted(self.covered(life) + self.inherited(life)):
             if start > at:
                 yield at, start
             at = max(at, end)
@@ -137,7 +147,7 @@ class Eye:
 
     def __init__(self, scene, **options):
         self.scene, self.options, self.cursor, self.seen = scene, options, None, 0
-        self.sessions = []  # (viewer, the life in which it began for sure or None)
+        self.sessions = []  # (viewer, the life of the log in which it connected)
         self.open()
 
     @property
@@ -145,8 +155,8 @@ class Eye:
         return self.sessions[-1][0]
 
     def open(self):
-        fresh = self.scene.life if self.cursor is None else None
-        self.sessions.append((Viewer(self.scene.server, json=True, since=self.cursor, **self.options), fresh))
+        viewer = Viewer(self.scene.server, json=True, since=self.cursor, **self.options)
+        self.sessions.append((viewer, self.scene.life))
         self.seen = 0
 
     def close(self):
@@ -179,10 +189,7 @@ class Eye:
             refused = f"refused: {snapshot['reason']}, {reading}"
             assert snapshot["reason"] in ("ahead", "changed") and any(each.gone < at for each, at in places), refused
             reading.check(reading.current)
-        lives = self.scene.lives
-        span = snapshot["start"], snapshot["end"], snapshot["text"]
-        life = life or next(each for each in reversed(lives) if each.says(*span))
-        return Reading(lives, life, snapshot["start"])
+        return Reading(self.scene.lives, life, snapshot["start"])
 
 
 class Scene:
