@@ -1,6 +1,6 @@
 """Some hundred random steps, one equation: joined, what a viewer got is what was written, or a seam stands there.
 
-    python3 tests/test_random.py FIRST [LAST]    repeats a seed, or tries many
+python3 tests/test_random.py FIRST [LAST]    repeats a seed, or tries many
 """
 
 import contextlib
@@ -265,12 +265,15 @@ class Scene:
         self.begin_life()
         self.append()
 
-    def replace(self):
+    def replace_unseen(self):
         """By an identical copy."""
         if self.log.exists():
             shutil.copy(self.log, f"{self.log}.tmp")
             os.rename(f"{self.log}.tmp", self.log)
-            eventually(lambda: self.down or self.is_open(), 5, "the copy is not opened")
+
+    def replace(self):
+        self.replace_unseen()
+        eventually(lambda: self.down or not self.log.exists() or self.is_open(), 5, "the copy is not opened")
 
     def is_open(self):
         files = Path(f"/proc/{self.server.process.pid}/fd").iterdir()
@@ -281,6 +284,10 @@ class Scene:
             path = Path(f"{self.log}.{number}")
             if path.exists():
                 return pack(path)
+
+    def pack_newest(self):
+        self.late = None
+        pack(Path(f"{self.log}.1"))
 
     def lose(self, kept=0):
         """What comes after these bytes is no longer on disk."""
@@ -336,6 +343,8 @@ class Scene:
         for eye in self.eyes:
             if not eye.options:
                 eye.viewer.wait(lambda _, eye=eye: eye.has(marker), 15)
+        for viewer, *_ in self.plain:
+            viewer.wait(marker, 15)
         self.reasons = len(self.witness.viewer.reasons())
 
     @property
@@ -346,8 +355,10 @@ class Scene:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         self.server = Server(self.log, "--interval", 0.3, "--rate-limit", 0, folder=folder, port=self.port)
 
-    def mishap(self):
+    def mishap(self, *steps):
         """While the server does not look."""
+        if steps:
+            return [self.act(step) for step in steps]
         harmless = [self.append, self.append, self.rename, self.copytruncate, self.compress]
         harmless += [self.replace] if self.down else []
         for _ in range(self.dice.randint(1, 4)):
@@ -355,14 +366,13 @@ class Scene:
         if self.log.exists() and self.dice.random() < 0.4:
             self.act(self.dice.choice([self.delete, self.truncate, self.cut]))
 
-    def stand_still(self):
+    def stand_still(self, *steps):
         self.settle()
-        self.reasons = len(self.witness.viewer.reasons())
         with self.server.looking_away():
-            self.mishap()
+            self.mishap(*steps)
         self.settle()
 
-    def restart(self):
+    def restart(self, *steps):
         if self.dice.random() < 0.5:
             self.server.kill()
         self.server.check()
@@ -373,7 +383,7 @@ class Scene:
             viewer.closed()
         self.check_plain(whole=False)
         self.down, self.life.sent = True, 0
-        self.mishap()
+        self.mishap(*steps)
         self.down = self.noticed = False
         self.start()
         for eye in self.eyes:
@@ -448,17 +458,18 @@ class Scene:
         self.done.append(step.__name__)
         step()
 
-    def run(self, steps):
+    def happen(self, steps):
         weights = {self.append: 60, self.settle: 5, self.rename: 8, self.copy_and_truncate: 4, self.replace: 3}
         weights |= {self.destroy: 5, self.stand_still: 5, self.restart: 3, self.compress: 4, self.write_late: 4}
         weights |= {self.join: 4, self.leave: 4, self.come_back: 4, self.join_plainly: 3}
+        for step in self.dice.choices(list(weights), list(weights.values()), k=steps):
+            self.act(step)
+
+    def begin(self):
         self.write(self.line() + self.line())
         self.start()
         self.eyes.append(Eye(self))
         self.settle()
-        for step in self.dice.choices(list(weights), list(weights.values()), k=steps):
-            self.act(step)
-        self.finish()
 
     def finish(self):
         for eye in self.away:
@@ -481,17 +492,84 @@ class Scene:
             self.server.stop()
 
 
-def play(seed, folder):
+def play(seed, folder, story=lambda scene: scene.happen(STEPS)):
     """One seed; an AssertionError says how to repeat it."""
     scene = Scene(seed, folder)
     try:
-        scene.run(STEPS)
+        scene.begin()
+        story(scene)
+        scene.finish()
         scene.server.check()
     except BaseException as error:
         recent = " ".join(scene.done[-12:])
         raise AssertionError(f"{error}\nafter {recent}\nrepeat: python3 tests/test_random.py {seed}") from error
     finally:
         scene.clear()
+
+
+# what seeds have found, each with the fewest steps that show it
+
+
+def copied_and_renamed_in_one_look(scene):
+    scene.stand_still(scene.copytruncate, scene.rename, scene.copytruncate)
+
+
+def rotated_and_packed_in_one_look(scene):
+    scene.stand_still(scene.rename, scene.copytruncate, scene.pack_newest)
+
+
+def rotated_and_packed_while_no_server_runs(scene):
+    scene.rename()
+    scene.settle()
+    scene.restart(scene.copytruncate, scene.pack_newest)
+
+
+def unfinished_at_a_rotation_and_a_restart(scene):
+    scene.write(b"unfinished")
+    scene.rename()
+    scene.settle()
+    scene.restart(scene.append)
+
+
+def packed_before_a_viewer_comes_back(scene):
+    scene.join()
+    scene.leave()
+    for _ in range(2):
+        scene.rename()
+        scene.settle()
+    for _ in range(2):
+        scene.compress()
+    scene.pack_newest()
+    scene.come_back()
+
+
+def replaced_written_and_renamed_in_one_look(scene):
+    scene.stand_still(scene.append, scene.replace_unseen, scene.append, scene.rename)
+
+
+def rotated_twelve_times_in_half_a_minute(scene):
+    scene.join()
+    for _ in range(12):
+        scene.rename()
+        scene.settle()
+    scene.leave()
+    scene.come_back()
+
+
+STORIES = [
+    copied_and_renamed_in_one_look,
+    rotated_and_packed_in_one_look,
+    rotated_and_packed_while_no_server_runs,
+    unfinished_at_a_rotation_and_a_restart,
+    packed_before_a_viewer_comes_back,
+    replaced_written_and_renamed_in_one_look,
+    rotated_twelve_times_in_half_a_minute,
+]
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_nothing_is_lost_nor_repeated_when(story, tmp_path):
+    play(0, tmp_path, story)
 
 
 @pytest.mark.parametrize("seed", range(1, 5))

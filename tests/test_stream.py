@@ -112,24 +112,26 @@ def test_eight_viewers_get_every_line_once(serve, view, log):
 def test_the_first_frame_and_the_later_ones_join_whatever_is_written(serve, view, log):
     append(log, lines(100))
     server = serve(log)
-    over = threading.Event()
+    enough = threading.Event()
+    written = [100]
 
     def write():
-        for number in range(100, 6000):
-            append(log, lines(1, start=number))
-        over.set()
+        while not enough.is_set():
+            append(log, lines(1, start=written[0]))
+            written[0] += 1
 
     writer = threading.Thread(target=write)
     writer.start()
-    viewers = []
-    while not over.is_set() and len(viewers) < 40:
-        viewers.append(view(server, json=bool(len(viewers) % 2)))
-    writer.join()
+    try:
+        viewers = [view(server, json=bool(number % 2)) for number in range(12)]
+    finally:
+        enough.set()
+        writer.join()
 
     for viewer in viewers:
-        viewer.wait("entry 00005999 ").wait(lambda it: it.text.endswith("\n"))
-        assert lines(6000).endswith(viewer.text) and viewer.text.startswith("[")
-    assert all(viewer.joined() for viewer in viewers[1::2]) and len(viewers) > 4
+        viewer.wait(f"entry {written[0] - 1:08d} ").wait(lambda it: it.text.endswith("\n"))
+        assert lines(written[0]).endswith(viewer.text) and viewer.text.startswith("[")
+    assert all(viewer.joined() for viewer in viewers[1::2])
 
 
 def by_option(log):
