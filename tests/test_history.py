@@ -101,11 +101,11 @@ function pageJudge() {
     globals[name] = nothing
   const script = readFileSync(page, "utf8").match(/<script>([^]*?)<\/script>/)[1]
   vm.createContext(globals)
-  vm.runInContext(script + `
-    ;globalThis.matchersOf = (query) => {
-      const filter = { words: query, terms: parseQuery(query) }
-      return (text) => judge({ kind: "", text, filter: null, passes: true }, filter)
-    }`, globals)
+  try { vm.runInContext(script, globals) } catch (error) {} // its last part starts the page, which there is none of
+  vm.runInContext(`globalThis.matchersOf = (query) => {
+    const filter = { words: query, terms: parseQuery(query) }
+    return (text) => judge({ kind: "", text, filter: null, passes: true }, filter)
+  }`, globals)
   return globals.matchersOf
 }
 
@@ -299,10 +299,10 @@ def test_paging_visits_every_match_once_and_ends_at_the_beginning(limit, serve, 
 
 
 def test_every_needle_is_found_by_its_number_and_no_other(serve, log):
-    append(log, b"".join(numbered(60_000, 1500)))
+    append(log, b"".join(numbered(60_000, 3000)))
     server = serve(log, "--rate-limit", 0)
 
-    for number in range(0, 60_000, 1500):
+    for number in range(0, 60_000, 3000):
         (place,) = grep(log, "-F", f"Needle-{number:06d}")
         answers = all_pages(server, f"needle-{number:06d}", 200)
         found = [match for answer in answers for match in answer["matches"]]

@@ -5,6 +5,7 @@ python3 tests/test_random.py FIRST [LAST]    repeats a seed, or tries many
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import shutil
@@ -30,7 +31,7 @@ class Life:
         self.number, self.parent, self.kept = number, parent, kept
         self.data = bytearray(parent.data[:kept] if parent else b"")
         self.sent = 0  # so much had the server published for sure
-        self.gone = len(self.data) + (1 << 60)  # from here on no file has it any more
+        self.gone = math.inf  # from here on no file has it any more
 
     def __repr__(self):
         return f"life {self.number} of {len(self.data)} bytes"
@@ -201,7 +202,7 @@ class Scene:
         self.port, self.server = free_port(), None
         self.lives, self.count = [Life(0)], itertools.count()
         self.late = None  # the life that was renamed last, as long as something may be written to it
-        self.open_line = self.noticed = self.down = False
+        self.open_line = self.unnoticed = self.down = False
         self.plain, self.eyes, self.away = [], [], []
         self.done = []
 
@@ -289,6 +290,11 @@ class Scene:
         self.late = None
         pack(Path(f"{self.log}.1"))
 
+    def pack_all(self):
+        self.late = None
+        for path in self.folder.glob("log.*[0-9]"):
+            pack(path)
+
     def lose(self, kept=0):
         """What comes after these bytes is no longer on disk."""
         for life in reversed(self.lives):
@@ -320,19 +326,19 @@ class Scene:
             return self.append()
         kept = self.dice.randrange(low, sent or size)
         os.truncate(self.log, kept)
-        self.noticed = sent > PROVED and kept < sent - PROVED + 8
+        self.unnoticed = sent > PROVED and kept < sent - PROVED + 8
         self.lose(kept)
         self.begin_life(kept, self.life)
-        if not self.noticed:
+        if not self.unnoticed:
             self.write(b"+" + self.line())
 
     # looking on
 
     def settle(self):
         """Everybody who reads has everything."""
-        if self.noticed:  # what was cut far away: anything written before the server looked would be taken for old
+        if self.unnoticed:  # what was cut far away: anything written before the server looked would be taken for old
             eventually(lambda: "truncated" in self.witness.viewer.reasons()[self.reasons :])
-        self.noticed = False
+        self.unnoticed = False
         self.finish_line()
         marker = f"settled {next(self.count)}\n"
         self.write(marker.encode())
@@ -384,7 +390,7 @@ class Scene:
         self.check_plain(whole=False)
         self.down, self.life.sent = True, 0
         self.mishap(*steps)
-        self.down = self.noticed = False
+        self.down = self.unnoticed = False
         self.start()
         for eye in self.eyes:
             eye.open()
@@ -524,10 +530,13 @@ def rotated_and_packed_while_no_server_runs(scene):
     scene.restart(scene.copytruncate, scene.pack_newest)
 
 
-def unfinished_at_a_rotation_and_a_restart(scene):
-    scene.write(b"unfinished")
-    scene.rename()
-    scene.settle()
+def unfinished_in_a_file_rotated_before_the_last(scene):
+    scene.write(b"whole\nunfinished")
+    for _ in range(2):
+        scene.rename()
+        scene.settle()
+        scene.restart(scene.append)
+    scene.pack_newest()
     scene.restart(scene.append)
 
 
@@ -537,9 +546,11 @@ def packed_before_a_viewer_comes_back(scene):
     for _ in range(2):
         scene.rename()
         scene.settle()
-    for _ in range(2):
-        scene.compress()
-    scene.pack_newest()
+    scene.restart(scene.append)
+    scene.pack_all()
+    scene.rename()
+    scene.settle()
+    scene.pack_all()
     scene.come_back()
 
 
@@ -560,7 +571,7 @@ STORIES = [
     copied_and_renamed_in_one_look,
     rotated_and_packed_in_one_look,
     rotated_and_packed_while_no_server_runs,
-    unfinished_at_a_rotation_and_a_restart,
+    unfinished_in_a_file_rotated_before_the_last,
     packed_before_a_viewer_comes_back,
     replaced_written_and_renamed_in_one_look,
     rotated_twelve_times_in_half_a_minute,
