@@ -156,16 +156,19 @@ CLASSES = {
     "w": "A-Za-z0-9_",
     "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}",
 }
+STAND_INS = r"[\x1a\x{9f}\x{fffd}]"  # what grep gets for bytes that are no character, and for U+FFFD itself
 WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
 STAMP = re.compile(rb"\s*\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)")
 # Where grep has no -P: plain text only, in a process of its own as well.
 PLAIN_SEARCH = """
 import json, sys
 case, *terms = json.loads(sys.argv[1])
-fold = str if case else str.casefold
+def fold(text):  # one character for one, as JavaScript does
+    return text if case else "".join(c.casefold() if len(c.casefold()) == 1 else c.lower() if len(c.lower()) == 1 else c
+                                     for c in text)
 offset = 0
 for line in sys.stdin.buffer:
-    text = fold(line.decode())
+    text = fold(line.decode().translate({0x1a: 0xfffd, 0x9f: 0xfffd}))
     if all((fold(term) in text) != exclude for exclude, term in terms):
         sys.stdout.buffer.write(b"%d:%b" % (offset, line))
     offset += len(line)
@@ -1077,7 +1080,7 @@ def terms_of(query: str) -> list[Term]:
     terms = []
     for minus, quoted, word in TERM.findall(query):
         if quoted or word:
-            plain = quoted or (None if is_expression(word) else word)
+            plain = quoted or (None if is_expression(word) and re.search(r"[\\^$.*+?()[\]{}|]", word) else word)
             terms.append(Term(bool(minus), plain, as_text(plain) if plain else as_pcre(word)))
     if not terms:
         raise Trouble(400, "the query is empty")
@@ -1109,12 +1112,13 @@ def repeats_lookahead(tokens: list[str]) -> bool:
 
 
 def as_text(text: str) -> str:
-    return re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
+    hexed = re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
+    return hexed.replace(r"\x{fffd}", STAND_INS)
 
 
 def as_pcre(word: str) -> str:
     """With JavaScript's meaning of the classes; the PCRE2 of Debian 12 takes \\S, \\W and \\D for ASCII."""
-    return re.sub(r"\\.|\[(?:\\.|[^\]])*\]|\0", spelled_out, word, flags=re.DOTALL)
+    return re.sub(r"\\.|\[(?:\\.|[^\]])*\]|\0", spelled_out, word, flags=re.DOTALL).replace("\ufffd", STAND_INS)
 
 
 def spelled_out(piece: re.Match[str]) -> str:
@@ -1146,12 +1150,13 @@ class Search:
         terms = terms_of(query.get("q", ""))
         limit = natural(query, "limit", 200, 1, 1000)
         before = natural(query, "before", gen.size, 0, 1 << 62)
+        child = command(terms, query.get("case") == "1")
         try:
             await asyncio.wait_for(self.places.acquire(), 3)
         except TimeoutError:
             raise Trouble(503, "too many searches at a time", Retry_After="3") from None
         counted["searches_total"] += 1
-        work = asyncio.create_task(self.backwards(gen, min(before, gen.size), command(terms, "case" in query), limit))
+        work = asyncio.create_task(self.backwards(gen, min(before, gen.size), child, limit))
         gone = asyncio.create_task(connection.wait_closed())
         try:
             await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -1378,10 +1383,10 @@ def seek(gen: Generation, wanted: float) -> dict[str, Any]:
 
 
 def timed_lines(gen: Generation, start: int, end: int) -> Iterator[tuple[int, float]]:
-    """Offset and time of the lines that begin from start to end; gives up after 4 MiB without any."""
+    """Offset and time of the lines that begin from start to end; gives up after 64 MiB without any."""
     whole = start == 0 or os.pread(gen.fd, 1, start - 1) == b"\n"
     at = last = start if whole else end_of_line(gen, start, end)
-    while at < end and at - last < 4 * MIB:
+    while at < end and at - last < 64 * MIB:
         data = gen.read(at, at + 64 * KIB)
         data = data[: data.rfind(b"\n") + 1 or len(data)]
         place = at
@@ -1814,7 +1819,7 @@ def read_token(options: argparse.Namespace) -> bytes:
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     if not path and "AUDIT_STREAM_TOKEN" not in os.environ and credentials:
         path = os.path.join(credentials, "token")
-        path = path if os.path.exists(path) else None
+        path = path if os.path.lexists(path) else None  # one that cannot be read must not open the server
     if options.no_auth or not path and "AUDIT_STREAM_TOKEN" not in os.environ:
         return b""
     token = Path(path).read_bytes().strip() if path else os.environb[b"AUDIT_STREAM_TOKEN"].strip()
@@ -1834,6 +1839,8 @@ def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
 
 
 def load_certificate(context: ssl.SSLContext, options: argparse.Namespace) -> None:
+    for path in (options.tls_cert, options.tls_key):
+        open(path, "rb").close()  # so that the error names the one that cannot be read
     try:
         context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
     except ssl.SSLError as error:
@@ -1918,9 +1925,12 @@ async def reread(
             if context:
                 tls_context(options)  # a failure must not touch the live one
                 load_certificate(context, options)
-            token = read_token(options) if not options.generated else doors.token
         except OSError as error:
-            logger.warning("nothing was changed: %s", error.strerror)
+            logger.warning("the certificate stays as it is: %s: %s", error.filename, error.strerror)
+        try:
+            token = doors.token if options.generated else read_token(options)
+        except OSError as error:
+            logger.warning("the access token stays as it is: %s: %s", error.filename, error.strerror)
             continue
         if token != doors.token:
             doors.token = token
@@ -2051,7 +2061,7 @@ def origin(text: str) -> str:
 
 
 def proxy(text: str) -> str:
-    if not is_address(text):
+    if text != "loopback" and not is_address(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address")
     return plain_address(text)
 

@@ -190,7 +190,9 @@ def test_of_very_many_matches_enough_are_fetched_and_more_when_one_scrolls_up(pa
     assert start < COUNT - 3000 and page.js(COVER) != before
 
 
-def test_a_match_is_shown_in_its_place_and_escape_goes_back(serve: Callable[..., Server], log: Path, watch: Watch) -> None:
+def test_a_match_is_shown_in_its_place_and_escape_goes_back(
+    serve: Callable[..., Server], log: Path, watch: Watch
+) -> None:
     log.write_text("".join(f"{entry(number)}\n" for number in range(COUNT)))
     page = watch(serve(log).url)
     search(page, "needle")
@@ -225,7 +227,8 @@ def test_enter_shows_the_match_that_n_went_to(page: Page) -> None:
 
 
 def test_entries_that_say_error_by_word_stand_out_and_keys_go_to_them(page: Page) -> None:
-    looks = f"{LINES}.filter(line => /fault|caution/.test(line.className)).map(line => [line.className, line.textContent])"
+    coloured = f"{LINES}.filter(line => /fault|caution/.test(line.className))"
+    looks = f"{coloured}.map(line => [line.className, line.textContent])"
 
     page.press("E")
     page.wait(f"{HERE} === {entry(40_020)!r}")
@@ -291,7 +294,8 @@ def test_a_search_can_be_stopped_and_a_refusal_is_told(
     click(page, "Continue")
     page.wait(f"{COVER}.includes('whole log searched')")
     refuse = "new Response('{\"error\": \"too expensive\"}', { status: 422 })"
-    page.js(f"(window.fetch = (path, more) => /search/.test(path) ? Promise.resolve({refuse}) : fetchFirst(path, more)) && 1")
+    answer = f"/search/.test(path) ? Promise.resolve({refuse}) : fetchFirst(path, more)"
+    page.js(f"(window.fetch = (path, more) => {answer}) && 1")
     search(page, "another")
     page.wait(f"{COVER}.includes('too expensive')")
     assert "(no matches found)" not in page.js(f"{BOX}.innerText")
