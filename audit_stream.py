@@ -537,7 +537,10 @@ class Log:
             self.gen.mark(gen.settled())
             self.found, self.state, self.detail = True, "ok", ""
         with contextlib.suppress(OSError, StopIteration):
-            old = open_file(next(path for path in siblings(self.path) if not path.endswith(".gz")))
+            newest = next(iter(siblings(self.path)))
+            if newest.endswith(".gz") and self.gen.end:
+                return
+            old = unpack(newest, UNPACKED) if newest.endswith(".gz") else open_file(newest)
             old.mark(old.settled())
             self.tail.before = old.part(old.end) if old.end else NOTHING
             if time.time() - os.fstat(old.fd).st_ctime < LATE:
@@ -636,8 +639,7 @@ class Log:
         elif new.size == 0 and self.hesitates():
             return False
         else:
-            renamed = await self.newer(lambda gen: os.path.sameopenfile(gen.fd, old.fd))
-            chain = renamed or await self.newer(self.is_copy, old.modified)
+            chain = await self.since_renamed() or await self.since_copied()
             if listing(self.path) != before:
                 return True  # the files were renamed while we opened them: look again
             self.queue(chain, (new, "rotated"))
@@ -651,7 +653,7 @@ class Log:
         if old.size == 0 and self.hesitates():
             return False
         before = listing(self.path)
-        copies = await self.newer(self.is_copy, old.modified)
+        copies = await self.since_copied()
         if listing(self.path) != before:
             return True
         start = 0 if copies else old.survivor()
@@ -659,7 +661,6 @@ class Log:
         reason = "truncated" if cut or copies else "rewritten"
         self.note(reason)
         if copies:
-            old.swap(copies[0])
             self.queue(copies, (new, reason))
         else:
             old.mark(min(start, old.end))
@@ -668,23 +669,25 @@ class Log:
         self.fine()
         return True
 
-    def is_copy(self, other: Generation) -> bool:
-        return self.gen.end > 0 and other.has(self.gen.marks)
+    async def since_renamed(self) -> list[Generation]:
+        """The open file, where it lies beside the log by now, and what was rotated since, oldest first."""
+        paths = siblings(self.path)
+        for at, path in enumerate(paths):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(self.gen.fd)):
+                    return [await self.open_rotated(newer) for newer in reversed(paths[: at + 1])]
+        return []
 
-    async def newer(self, wanted: Callable[[Generation], bool], since: int | None = None) -> list[Generation]:
-        """The rotated files from the wanted one on, oldest first; none where it is not there.
-
-        A copy was written after the log was read: with `since`, in ns, older files end the search.
-        """
+    async def since_copied(self) -> list[Generation]:
+        """A copy that has all that was published, and what was rotated since, oldest first."""
         found: list[Generation] = []
         for path in siblings(self.path):
             try:
-                if since is not None and os.stat(path).st_mtime_ns < since:
-                    break
-                if since is not None or not path.endswith(".gz"):
-                    found.insert(0, await self.open_rotated(path))
-                    if wanted(found[0]):
-                        return found
+                if not self.gen.end or os.stat(path).st_mtime_ns < self.gen.modified:
+                    break  # a copy was written after the log was
+                found.insert(0, await self.open_rotated(path))
+                if found[0].has(self.gen.marks):
+                    return found
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise  # there may be one all the same
@@ -697,7 +700,9 @@ class Log:
             return await asyncio.to_thread(unpack, path, most)
 
     def queue(self, chain: list[Generation], last: tuple[Generation, str]) -> None:
-        """Read the files that came after the first of the chain, and then the last."""
+        """Read on in the first of the chain, then the files that came after it, and then the last."""
+        if chain:
+            self.gen.swap(chain[0])
         missed = [gen for gen in chain[1:] if not os.path.sameopenfile(gen.fd, last[0].fd)]
         self.pending.extend([*((gen, "rotated") for gen in missed), last])
 
@@ -775,10 +780,12 @@ class Log:
             if parts and len(owners) == len(parts) and all(gen in files[: place + opened] for gen in owners.values()):
                 break
             with contextlib.suppress(OSError):
-                files.insert(place + opened, await self.open_rotated(path, left))
-                left -= files[place + opened].size
-                opened += 1
-                owners = assign(parts, files)
+                gen = await self.open_rotated(path, left)
+                left -= gen.size
+                if not any(known.end and gen.has(known.marks) for known in self.late):  # packed, and still open
+                    files.insert(place + opened, gen)
+                    opened += 1
+                    owners = assign(parts, files)
         return files, owners
 
     def thread(self, parts: list[str], files: list[Generation], owners: dict[str, Generation]) -> Position:
@@ -804,7 +811,7 @@ def parse_cursor(cursor: str) -> list[str] | None:
     if cursor == NOTHING:
         return []
     part = r"[1-9]\d{0,17}\.[\w-]{20}"
-    return cursor.split("~") if re.fullmatch(f"{part}(?:~{part}){{0,7}}", cursor, re.ASCII) else None
+    return cursor.split("~") if re.fullmatch(f"{part}(?:~{part}){{0,63}}", cursor, re.ASCII) else None
 
 
 def offset_of(part: str) -> int:
