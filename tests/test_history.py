@@ -469,7 +469,7 @@ def large(tmp_path_factory):
     log.unlink()
 
 
-EXPENSIVE = r"(.+)(.+)(.+)(.+)(.+)(.+)\W\W\W$"
+EXPENSIVE = r"(.+)(.+)(.+)(.+)\W\W\W$|(.+)(.+)(.+)(.+)\W\W\W\W$|(.+)(.+)(.+)(.+)\W\W\W\W\W$"
 
 
 def children(server):
