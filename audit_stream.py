@@ -1919,6 +1919,9 @@ async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: 
                 task.cancel()
     finally:
         notify("STOPPING=1")
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not spoil the exit code
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         await close(server)
 
 
