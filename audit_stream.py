@@ -5,7 +5,7 @@
 # ///
 """Watch an audit log live in a browser, and trust what you see.
 
-    the log -> the stream -> one viewer -> HTTP -> running -> command line
+    the log -> the stream -> one viewer -> history -> HTTP -> the doors -> running -> command line
 
 This file reads in the order in which a log line travels. One idea carries it: the file is the queue.
 A viewer is a position in it. The first screen, catching up when slow, resuming after a cut and passing
@@ -100,79 +100,6 @@ WATCHDOG = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # seconds
 PROTOCOL = Subprotocol("audit.v1.json")
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 HTML = "text/html; charset=utf-8"
-HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
-LOGIN = b"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Audit Stream</title>
-<link rel="icon" href="data:,">
-<style>
-body { background: #0b0f0c; color: #7fe0a0; font: 16px monospace; max-width: 20em; margin: 30vh auto }
-label, input, button, output { display: block; font: inherit; margin: 8px 0 }
-</style>
-<form>
-<label for="token">Access token</label>
-<input id="token" type="password" autocomplete="current-password" required autofocus>
-<button>Open</button>
-<output></output>
-</form>
-<script>
-document.forms[0].onsubmit = async function (event) {
-  event.preventDefault()
-  const said = document.querySelector('output')
-  const token = unescape(encodeURIComponent(document.getElementById('token').value.trim()))
-  try {
-    const reply = await fetch('./', { headers: { Authorization: 'Bearer ' + token } })
-    if (reply.ok) location.replace('./' + location.hash)
-    else said.textContent = reply.status === 429 ? 'Too many wrong tokens: wait a minute.' : 'That is not the token.'
-  } catch (error) {
-    said.textContent = 'The server does not answer.'
-  }
-}
-</script>
-"""
-# inotify(7): MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF
-EVENTS = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
-DEMO = (
-    "Auto-repair: Created PostgreSQL database quantum",
-    "Auto-repair: Restarted Grafana container",
-    "Auto-repair: Fixed database issue",
-    "Auto-repair: Retrained xgboost model",
-    "Auto-repair: WARNING disk usage at 91 %",
-    "Auto-repair: ERROR restart of prometheus failed, trying again",
-    "Weekly self-heal: Completed – ✅ All checks passed",
-)
-# The filter language. White space is what JavaScript calls so.
-SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
-TERM = re.compile(f'(-?)(?:"([^"]*)"|([^{SPACE}]+))')
-SIGN = r"[!-/:-@\[-`{-~]"
-TOKEN = re.compile(
-    rf"\\[bBdDwWsSt]|\\{SIGN}|\(\?[:=!]|\((?!\?)|[)|.^$]|\[(?!\^?\])\^?(?:\\[dwst]|\\{SIGN}|[^\\\[\]])+\]"
-    r"|(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??(?![*+?{])|[^\\\[\](){}|*+?.^$]"
-)
-CLASSES = {
-    "d": "0-9",
-    "w": "A-Za-z0-9_",
-    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}",
-}
-STAND_INS = r"[\x1a\x{9f}\x{fffd}]"  # what grep gets for bytes that are no character, and for U+FFFD itself
-WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
-STAMP = re.compile(rb"\s*\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)")
-# Where grep has no -P: plain text only, in a process of its own as well.
-PLAIN_SEARCH = """
-import json, sys
-case, *terms = json.loads(sys.argv[1])
-def fold(text):  # one character for one, as JavaScript does
-    return text if case else "".join(c.casefold() if len(c.casefold()) == 1 else c.lower() if len(c.lower()) == 1 else c
-                                     for c in text)
-offset = 0
-for line in sys.stdin.buffer:
-    text = fold(line.decode().translate({0x1a: 0xfffd, 0x9f: 0xfffd}))
-    if all((fold(term) in text) != exclude for exclude, term in terms):
-        sys.stdout.buffer.write(b"%d:%b" % (offset, line))
-    offset += len(line)
-"""
 NOTHING = "0.nothing-was-sent-yet"  # the cursor before the first byte of the first file
 
 logger = logging.getLogger("audit_stream")
@@ -828,6 +755,10 @@ def assign(parts: list[str], files: list[Generation]) -> dict[str, Generation]:
     return owners
 
 
+# inotify(7): MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF
+EVENTS = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
+
+
 class Watch:
     """Events of the log's folders (inotify(7)): they only shorten a wait, so that losing them loses no byte."""
 
@@ -1072,6 +1003,37 @@ async def opening(log: Log, initial: int, since: str | None) -> tuple[Position, 
 
 
 # History: search, times
+
+# The filter language. White space is what JavaScript calls so.
+SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+TERM = re.compile(f'(-?)(?:"([^"]*)"|([^{SPACE}]+))')
+SIGN = r"[!-/:-@\[-`{-~]"
+TOKEN = re.compile(
+    rf"\\[bBdDwWsSt]|\\{SIGN}|\(\?[:=!]|\((?!\?)|[)|.^$]|\[(?!\^?\])\^?(?:\\[dwst]|\\{SIGN}|[^\\\[\]])+\]"
+    r"|(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??(?![*+?{])|[^\\\[\](){}|*+?.^$]"
+)
+CLASSES = {
+    "d": "0-9",
+    "w": "A-Za-z0-9_",
+    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}",
+}
+STAND_INS = r"[\x1a\x{9f}\x{fffd}]"  # what grep gets for bytes that are no character, and for U+FFFD itself
+WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
+STAMP = re.compile(rb"\s*\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)")
+# Where grep has no -P: plain text only, in a process of its own as well.
+PLAIN_SEARCH = """
+import json, sys
+case, *terms = json.loads(sys.argv[1])
+def fold(text):  # one character for one, as JavaScript does
+    return text if case else "".join(c.casefold() if len(c.casefold()) == 1 else c.lower() if len(c.lower()) == 1 else c
+                                     for c in text)
+offset = 0
+for line in sys.stdin.buffer:
+    text = fold(line.decode().translate({0x1a: 0xfffd, 0x9f: 0xfffd}))
+    if all((fold(term) in text) != exclude for exclude, term in terms):
+        sys.stdout.buffer.write(b"%d:%b" % (offset, line))
+    offset += len(line)
+"""
 
 
 class Term(NamedTuple):
@@ -1625,6 +1587,39 @@ def metrics(site: Site) -> str:
 
 # The doors
 
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
+LOGIN = b"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Audit Stream</title>
+<link rel="icon" href="data:,">
+<style>
+body { background: #0b0f0c; color: #7fe0a0; font: 16px monospace; max-width: 20em; margin: 30vh auto }
+label, input, button, output { display: block; font: inherit; margin: 8px 0 }
+</style>
+<form>
+<label for="token">Access token</label>
+<input id="token" type="password" autocomplete="current-password" required autofocus>
+<button>Open</button>
+<output></output>
+</form>
+<script>
+document.forms[0].onsubmit = async function (event) {
+  event.preventDefault()
+  const said = document.querySelector('output')
+  const token = unescape(encodeURIComponent(document.getElementById('token').value.trim()))
+  try {
+    const reply = await fetch('./', { headers: { Authorization: 'Bearer ' + token } })
+    if (reply.ok) location.replace('./' + location.hash)
+    else said.textContent = reply.status === 429 ? 'Too many wrong tokens: wait a minute.' : 'That is not the token.'
+  } catch (error) {
+    said.textContent = 'The server does not answer.'
+  }
+}
+</script>
+"""
+
 
 class Caller(NamedTuple):
     """Who asks: the client's address, the scheme of the page's address, and the host in it."""
@@ -2031,6 +2026,17 @@ def append_entry(path: str, text: str) -> None:
         while entry:
             entry = entry[log.write(entry) :]
         os.fsync(fd)
+
+
+DEMO = (
+    "Auto-repair: Created PostgreSQL database quantum",
+    "Auto-repair: Restarted Grafana container",
+    "Auto-repair: Fixed database issue",
+    "Auto-repair: Retrained xgboost model",
+    "Auto-repair: WARNING disk usage at 91 %",
+    "Auto-repair: ERROR restart of prometheus failed, trying again",
+    "Weekly self-heal: Completed – ✅ All checks passed",
+)
 
 
 async def demonstrate(path: str) -> None:
