@@ -1742,6 +1742,8 @@ class Doors:
             "default-src": "'none'",
             "script-src": self.hashes["script"],
             "style-src": self.hashes["style"],
+            "worker-src": "blob:",
+            "child-src": "blob:",  # Safari before 15.5: the same
             "img-src": "data:",
             "connect-src": f"'self' {socket_address}".strip(),  # Safari before 15.4: 'self' is no WebSocket
             "base-uri": "'none'",

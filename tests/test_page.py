@@ -416,6 +416,30 @@ def test_the_language_of_the_filter(serve: Serve, log: Path, watch: Watch) -> No
     assert wrong == []
 
 
+def test_an_expression_that_takes_for_ever_is_given_up_and_the_page_goes_on(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    written = write(log, ["a" * 60 + "!", "www.example.com", "b" * 10])
+    page = watch(serve(log).url)
+    shows(page, written)
+
+    search(page, "(a+)+$")
+    page.wait("document.body.innerText.includes('takes too long')")
+    shows(page, written)
+    search(page, "^([a-z]+\\.)+com$")
+    shows(page, written[1:2])
+    write(log, ["another.example.com"])
+    shows(page, [written[1], "another.example.com"])
+    search(page, "(b+)+$")
+    shows(page, written[2:])
+    written += ["another.example.com", *write(log, ["b" * 60 + "!"])]
+
+    page.wait("document.body.innerText.includes('takes too long')")
+    shows(page, written)
+    written += write(log, ["and so on"])
+    shows(page, written)
+
+
 # -- interruptions -----------------------------------------------------------------------------------
 
 
