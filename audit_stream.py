@@ -60,6 +60,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import urllib.parse
 import warnings
@@ -320,12 +321,12 @@ def listing(path: str) -> list[tuple[str, int, int]]:
     return found
 
 
-def unpack(path: str, most: int) -> Generation:
-    """A .gz file as an ordinary one, in a temporary file without a name; OSError if it is broken or larger."""
+def unpack(path: str, most: int, unwanted: threading.Event) -> Generation:
+    """A .gz file as an ordinary one, in a temporary file without a name; OSError if it is broken, larger or unwanted."""
     with tempfile.TemporaryFile() as copy, gzip.open(path) as packed:
         try:
             while data := packed.read(MIB):
-                if copy.tell() + len(data) > most:
+                if copy.tell() + len(data) > most or unwanted.is_set():
                     raise OSError(errno.EFBIG, "is too large to unpack")
                 copy.write(data)
         except (EOFError, zlib.error) as error:
@@ -467,7 +468,7 @@ class Log:
             newest = next(iter(siblings(self.path)))
             if newest.endswith(".gz") and self.gen.end:
                 return
-            old = unpack(newest, UNPACKED) if newest.endswith(".gz") else open_file(newest)
+            old = unpack(newest, UNPACKED, threading.Event()) if newest.endswith(".gz") else open_file(newest)
             old.mark(old.settled())
             self.tail.before = old.part(old.end) if old.end else NOTHING
             if time.time() - os.fstat(old.fd).st_ctime < LATE:
@@ -623,8 +624,12 @@ class Log:
     async def open_rotated(self, path: str, most: int = UNPACKED) -> Generation:
         if not path.endswith(".gz"):
             return open_file(path)
-        async with self.unpacking:
-            return await asyncio.to_thread(unpack, path, most)
+        unwanted = threading.Event()
+        try:
+            async with self.unpacking:
+                return await asyncio.to_thread(unpack, path, most, unwanted)
+        finally:
+            unwanted.set()  # whoever waited has gone, or the server stops
 
     def queue(self, chain: list[Generation], last: tuple[Generation, str]) -> None:
         """Read on in the first of the chain, then the files that came after it, and then the last."""

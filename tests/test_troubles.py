@@ -1,10 +1,12 @@
 """Slow, stuck and many viewers; a machine that runs out of things."""
 
 import contextlib
+import gzip
 import itertools
 import resource
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from conftest import add, append, eventually, free_port, lines
@@ -82,6 +84,22 @@ def test_a_stuck_viewer_does_not_hold_up_the_stop(serve, log):
         append(log, lines(200_000))
 
         assert server.stop(within=2) == 0
+
+
+def test_unpacking_a_gigabyte_does_not_hold_up_the_stop(serve, view, log):
+    append(log, FIRST)
+    server = serve(log, "--initial", 131072)
+    cursor = view(server, json=True).wait(FIRST).cursor
+    log.write_bytes(b"")
+    Path(f"{log}.1.gz").write_bytes(gzip.compress(lines(100_000, 20).encode()) * 120)
+    added = add(log, "new")
+    view(server).wait(added)
+    files = Path(f"/proc/{server.process.pid}/fd")
+
+    with server.upgrade(query=f"?since={cursor}"):
+        eventually(lambda: any("(deleted)" in str(path.resolve()) for path in files.iterdir()))
+
+    assert server.stop(within=1) == 0
 
 
 def test_connections_that_come_and_go_leave_nothing_behind(serve, view, log):
