@@ -66,9 +66,9 @@ import urllib.parse
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 try:
     import websockets.version
@@ -103,6 +103,7 @@ TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 HTML = "text/html; charset=utf-8"
 NOTHING = "0.nothing-was-sent-yet"  # the cursor before the first byte of the first file
 
+T = TypeVar("T")
 logger = logging.getLogger("audit_stream")
 counted: collections.Counter[str] = collections.Counter()  # what /metrics says
 
@@ -145,10 +146,10 @@ class Generation:
 
     @property
     def name(self) -> str:
-        """Derived from the first line, of a long one from its first 4 KiB; from nothing where there is none yet."""
+        """Derived from the first line, of a long one from its first 4 KiB; before that is there, by chance."""
         if not self.given:
             first, newline, _ = os.pread(self.fd, EDGE, 0).partition(b"\n")
-            base = hashlib.sha256(first if newline or len(first) == EDGE else b"").hexdigest()[:16]
+            base = hashlib.sha256(first if newline or len(first) == EDGE else os.urandom(16)).hexdigest()[:16]
             names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
             self.given = next(name for name in names if self.may_be(name))
             self.living[self.given] = self
@@ -335,6 +336,15 @@ def unpack(path: str, most: int, unwanted: threading.Event) -> Generation:
         return Generation(os.dup(copy.fileno()))
 
 
+async def off_loop(work: Callable[..., T], *args: Any) -> T:
+    """In a thread. What may take long looks at its last argument: it is set when nobody waits for it any more."""
+    unwanted = threading.Event()
+    try:
+        return await asyncio.to_thread(work, *args, unwanted)
+    finally:
+        unwanted.set()
+
+
 # The stream: what was published, as a linked list of stretches
 
 
@@ -455,7 +465,7 @@ class Log:
 
     @property
     def name(self) -> str:
-        return os.path.basename(self.path)
+        return os.fsencode(os.path.basename(self.path)).decode(errors="replace")
 
     def open(self) -> None:
         """Begin at the end of the log, and with what is still written to a file that was just rotated."""
@@ -624,12 +634,8 @@ class Log:
     async def open_rotated(self, path: str, most: int = UNPACKED) -> Generation:
         if not path.endswith(".gz"):
             return open_file(path)
-        unwanted = threading.Event()
-        try:
-            async with self.unpacking:
-                return await asyncio.to_thread(unpack, path, most, unwanted)
-        finally:
-            unwanted.set()  # whoever waited has gone, or the server stops
+        async with self.unpacking:
+            return await off_loop(unpack, path, most)
 
     def queue(self, chain: list[Generation], last: tuple[Generation, str]) -> None:
         """Read on in the first of the chain, then the files that came after it, and then the last."""
@@ -1024,7 +1030,8 @@ CLASSES = {
 }
 STAND_INS = r"[\x1a\x{9f}\x{fffd}]"  # what grep gets for bytes that are no character, and for U+FFFD itself
 WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
-STAMP = re.compile(rb"\s*\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)")
+# Behind a newline: ten times as fast to look for as `^`.
+STAMP = re.compile(rb"\n\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z| ?[+-]\d\d(?::?\d\d)?)?)")
 # Where grep has no -P: plain text only, in a process of its own as well.
 PLAIN_SEARCH = """
 import json, sys
@@ -1067,8 +1074,7 @@ def is_expression(word: str) -> bool:
     if "".join(tokens) != word or repeats_lookahead(tokens):
         return False
     try:
-        with warnings.catch_warnings(action="ignore"):  # [a&&b]: Python means to give that a meaning one day
-            re.compile(word)
+        re.compile(word)
     except (re.error, OverflowError, RecursionError):
         return False
     return True
@@ -1112,16 +1118,29 @@ def expression(terms: list[Term]) -> str:
     return "^" + "".join(f"(?{'!' if exclude else '='}.*(?:{pattern}))" for exclude, _, pattern in terms)
 
 
-class Search:
-    """Searches of the whole log, in child processes; at most two at a time."""
+class History:
+    """What is asked of the whole log: two searches at a time, in child processes, and two walks through the times."""
 
     def __init__(self) -> None:
-        self.places = asyncio.Semaphore(2)
+        self.places, self.walks = asyncio.Semaphore(2), asyncio.Semaphore(2)
         self.threads = concurrent.futures.ThreadPoolExecutor(4, "search")  # two for each: one feeds, one collects
 
-    async def answer(self, connection: ServerConnection, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
-        """Trouble, when it cannot be done or takes too long; cancelled when the client goes away."""
-        terms = terms_of(query.get("q", ""))
+    async def timeline(self, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
+        return await self.walk(timeline, gen, natural(query, "points", 200, 1, 2000))
+
+    async def seek(self, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
+        return await self.walk(seek, gen, wanted_time(query))
+
+    async def walk(self, work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(5), self.walks:
+                return await off_loop(work, *args)
+        except TimeoutError:
+            raise Trouble(422, "too few lines of the log have a time") from None
+
+    async def search(self, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
+        """Trouble, when it cannot be done or takes too long."""
+        terms = await self.run(terms_of, query.get("q", ""))
         limit = natural(query, "limit", 200, 1, 1000)
         before = natural(query, "before", gen.size, 0, 1 << 62)
         child = child_for(terms, query.get("case") == "1")
@@ -1130,17 +1149,10 @@ class Search:
         except TimeoutError:
             raise Trouble(503, "too many searches at a time", Retry_After="3") from None
         counted["searches_total"] += 1
-        work = asyncio.create_task(self.backwards(gen, min(before, gen.size), child, limit))
-        gone = asyncio.create_task(connection.wait_closed())
         try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            return await self.backwards(gen, min(before, gen.size), child, limit)
         finally:
-            work.cancel(), gone.cancel()
-            await asyncio.wait([work, gone])
             self.places.release()
-        if work.cancelled():
-            raise Trouble(503, "the client went away")
-        return work.result()
 
     async def backwards(self, gen: Generation, before: int, child: Child, limit: int) -> dict[str, Any]:
         """Growing pieces, from the end to the beginning, for 3 s and 256 MiB at most."""
@@ -1160,8 +1172,9 @@ class Search:
                     raise Trouble(422, "the search is too expensive: simplify it") from None
                 break
             found, skipped, at, piece = matches + found, unsearched + skipped, start, piece * 4
-        at = found[0][0] if len(found) >= limit else at
-        answer = {"matches": [match_at(gen, *place) for place in found], "scanned": [at, top], "size": size}
+        matches = await self.run(matches_at, gen, found)
+        at = matches[0]["start"] if len(found) >= limit or len(matches) < len(found) else at
+        answer = {"matches": matches, "scanned": [at, top], "size": size}
         skipped = [stretch for stretch in joined(skipped) if stretch[1] > at]
         return answer | ({"skipped": skipped} if skipped else {})
 
@@ -1231,11 +1244,12 @@ def limit_child(pid: int) -> None:
 
 def line_before(gen: Generation, offset: int, size: int) -> int:
     """The last line start at or before offset; offset itself within a line over 1 MiB."""
-    if offset in (0, size):
-        return offset
-    low = max(0, offset - MIB - 1)
-    at = os.pread(gen.fd, offset - low, low).rfind(b"\n") + 1
-    return low + at if at or not low else offset
+    for most in (4 * KIB, MIB + 1) if 0 < offset < size else ():
+        low = max(0, offset - most)
+        at = os.pread(gen.fd, offset - low, low).rfind(b"\n") + 1
+        if at or not low:
+            return low + at
+    return offset
 
 
 def feed_child(
@@ -1315,6 +1329,17 @@ def place_of(fed: list[tuple[int, int]], offset: int, length: int, end: int) -> 
     return start, min(start + length, end)
 
 
+def matches_at(gen: Generation, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The last of these matches, 1 MiB of text or little more."""
+    matches: collections.deque[dict[str, Any]] = collections.deque()
+    size = 0
+    for start, end in reversed(places):
+        if size < MIB:
+            matches.appendleft(match_at(gen, start, end))
+            size += min(end - start, 16 * KIB)
+    return list(matches)
+
+
 def match_at(gen: Generation, start: int, end: int) -> dict[str, Any]:
     text = os.pread(gen.fd, min(end - start, 16 * KIB + 1), start).removesuffix(b"\n")[: 16 * KIB]
     cut = whole_characters(text) if end - start > 16 * KIB else len(text)
@@ -1333,54 +1358,52 @@ def joined(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def time_of(line: bytes) -> float | None:
     """The time at the beginning of a line, in seconds since 1970; without a zone it is UTC."""
-    match = STAMP.match(line)
+    match = STAMP.match(b"\n" + line)
     return parse_time(match[1].decode()) if match else None
 
 
 def parse_time(text: str) -> float | None:
     try:
-        time = datetime.datetime.fromisoformat(text)
+        time = datetime.datetime.fromisoformat(re.sub(r" (?=[+-])", "", text))
         return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
 
 
-def timeline(gen: Generation, points: int) -> dict[str, Any]:
+def timeline(gen: Generation, points: int, unwanted: threading.Event) -> dict[str, Any]:
     """The times of lines that are spread evenly over the log."""
     size = gen.size
-    offsets = {line_before(gen, size * n // points, size) for n in range(points)} if size else set()
+    wanted = (size * n // points for n in range(points) if size and not unwanted.is_set())
+    offsets = {line_before(gen, offset, size) for offset in wanted}
     return {"size": size, "points": [[at, time_of(os.pread(gen.fd, 64, at))] for at in sorted(offsets)]}
 
 
-def seek(gen: Generation, wanted: float) -> dict[str, Any]:
+def seek(gen: Generation, wanted: float, unwanted: threading.Event) -> dict[str, Any]:
     """The first line at or after a time; a line without one belongs to the line above."""
     low, high = 0, gen.size
-    size = high
+    found: tuple[int, float | None] = high, None
     while high - low > 64 * KIB:
         middle = (low + high) // 2
-        line = next(timed_lines(gen, middle, high), None)
-        if line is None or line[1] >= wanted:
-            high = middle
-        else:
+        line = next(timed_lines(gen, middle, high, unwanted), None)
+        if line and line[1] < wanted:
             low = line[0]
-    found = next(((at, time) for at, time in timed_lines(gen, low, size) if time >= wanted), (size, None))
+        else:
+            high, found = middle, line or found
+    found = next((line for line in timed_lines(gen, low, high, unwanted) if line[1] >= wanted), found)
     return dict(zip(("offset", "time"), found, strict=True))
 
 
-def timed_lines(gen: Generation, start: int, end: int) -> Iterator[tuple[int, float]]:
-    """Offset and time of the lines that begin from start to end; gives up after 64 MiB without any."""
+def timed_lines(gen: Generation, start: int, end: int, unwanted: threading.Event) -> Iterator[tuple[int, float]]:
+    """Offset and time of the lines that begin from start to end."""
     whole = start == 0 or os.pread(gen.fd, 1, start - 1) == b"\n"
-    at = last = start if whole else end_of_line(gen, start, end)
-    while at < end and at - last < 64 * MIB:
+    at = start if whole else end_of_line(gen, start, end)
+    while at < end and not unwanted.is_set():
         data = gen.read(at, at + 64 * KIB)
-        data = data[: data.rfind(b"\n") + 1 or len(data)]
-        place = at
-        for line in data.split(b"\n"):
-            if place < end and (time := time_of(line)) is not None:
-                yield place, time
-                last = place
-            place += len(line) + 1
-        at = at + len(data) if data else gen.after_hole(at) or end
+        for stamp in STAMP.finditer(b"\n" + data):
+            if at + stamp.start() < end and (time := parse_time(stamp[1].decode())) is not None:
+                yield at + stamp.start(), time
+        whole_lines = data.rfind(b"\n") + 1
+        at = at + whole_lines if whole_lines else end_of_line(gen, at, end)
 
 
 # HTTP
@@ -1427,7 +1450,7 @@ class Site(NamedTuple):
 
     log: Log
     page: bytes
-    search: Search
+    history: History
     viewers: Viewers
     doors: Doors
 
@@ -1510,22 +1533,39 @@ async def history(site: Site, path: str, connection: ServerConnection, headers: 
     if site.log.state != "ok":
         raise Trouble(503, f"the log is {site.log.state}")
     etag = f'"{gen.name}"'
-    if headers.get("If-Match", "*") not in ("*", etag):
-        raise Trouble(412, "the log is another one by now", ETag=etag)
-    if path == "/api/audit":
-        return await excerpt(gen, headers.get("Range", ""))
-    if path == "/api/search":
-        found = await site.search.answer(connection, gen, query)
-    elif path == "/api/timeline":
-        found = await asyncio.to_thread(timeline, gen, natural(query, "points", 200, 1, 2000))
-    else:
-        found = await asyncio.to_thread(seek, gen, wanted_time(query))
-    return answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON, {"ETag": etag})
+    try:
+        if not {"*", etag} & {tag.strip() for tag in headers.get("If-Match", "*").split(",")}:
+            raise Trouble(412, "the log is another one by now")
+        if path == "/api/audit":
+            response = await excerpt(gen, headers.get("Range", ""))
+        else:
+            ask = {"search": site.history.search, "timeline": site.history.timeline, "seek": site.history.seek}
+            found = await while_connected(connection, ask[path.removeprefix("/api/")](gen, query))
+            response = answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON, {})
+    except Trouble as trouble:
+        trouble.headers["ETag"] = etag
+        raise
+    response.headers["ETag"] = etag
+    return response
+
+
+async def while_connected(connection: ServerConnection, work: Coroutine[Any, Any, T]) -> T:
+    """What nobody waits for any more is cancelled."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(connection.wait_closed())
+    try:
+        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        working.cancel(), gone.cancel()
+        await asyncio.wait([working, gone])
+    if working.cancelled():
+        raise Trouble(503, "the client went away")
+    return working.result()
 
 
 def wanted_time(query: dict[str, str]) -> float:
     text = query.get("time", "").strip("[] ")
-    wanted = parse_time(re.sub(r"(?<=:\d\d) (?=\d\d:?\d\d$)", "+", text))  # a plus sign in an address is a space
+    # A plus sign in an address is a space.
+    wanted = parse_time(re.sub(r"(?<=:\d\d)([.,]\d+)? (?=\d\d(:?\d\d)?$)", r"\1+", text))
     if wanted is None:
         raise Trouble(400, "time is no date and time as in 2025-12-17T17:40:37Z")
     return wanted
@@ -1542,21 +1582,25 @@ def natural(query: dict[str, str], name: str, default: int, low: int, high: int)
 async def excerpt(gen: Generation, wanted: str) -> Response:
     """The latest whole lines, or the range that is wanted (RFC 9110, section 14)."""
     size = gen.size
-    headers = {"ETag": f'"{gen.name}"', "Accept-Ranges": "bytes"}
+    headers = {"Accept-Ranges": "bytes"}
     if not wanted.lower().startswith("bytes="):
-        end = gen.settled()
-        start = gen.line_start(end, 64 * KIB)
-        return answer(200, os.pread(gen.fd, end - start, start), TEXT, headers)
+        return answer(200, await asyncio.to_thread(latest_lines, gen), TEXT, headers)
     start, end = range_of(wanted, size)
     if start >= end:
-        raise Trouble(416, "there is no such range", Content_Range=f"bytes */{size}", **headers)
+        raise Trouble(416, "there is no such range", Content_Range=f"bytes */{size}", Accept_Ranges="bytes")
     body = await asyncio.to_thread(os.pread, gen.fd, end - start, start)
     return answer(206, body, TEXT, headers | {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{size}"})
 
 
+def latest_lines(gen: Generation) -> bytes:
+    end = gen.settled()
+    start = gen.line_start(end, 64 * KIB)
+    return os.pread(gen.fd, end - start, start)
+
+
 def range_of(wanted: str, size: int) -> tuple[int, int]:
     """Start and end of one byte range, at most 1 MiB; an empty one for what cannot be."""
-    match = re.fullmatch(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
     first, last = match.groups() if match else ("", "")
     if first:
         start, end = int(first), min(int(last) + 1, size) if last else size
@@ -1898,7 +1942,7 @@ async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: 
     """Serve until SIGTERM or SIGINT."""
     log = Log(options.log, options.interval)
     await log.check()
-    site = Site(log, page, Search(), Viewers(log), doors)
+    site = Site(log, page, History(), Viewers(log), doors)
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(Complaints())
@@ -1909,6 +1953,7 @@ async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: 
         functools.partial(watch_along, site.viewers, options.initial),
         sock=listener,
         ssl=context,
+        ssl_handshake_timeout=5 if context else None,  # seconds; who says nothing is counted only after it
         backlog=min(1024, Connection.most_unasked // 2),  # the default drops some in a storm
         process_request=functools.partial(respond, site),
         process_response=functools.partial(complete, site),
@@ -1978,6 +2023,8 @@ class Complaints:
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if isinstance(error, asyncio.CancelledError):
+            return  # a TLS handshake at the stop
         if not isinstance(error, OSError):
             return loop.default_exception_handler(context)
         if time.monotonic() - self.last > 60:
@@ -2002,7 +2049,10 @@ def notify(state: str) -> None:
 def listen(options: argparse.Namespace) -> socket.socket:
     """A listening socket; `::` takes IPv4 too. OSError when the address is not to be had."""
     host, port = options.host, options.port
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "is no host name", host) from None
     both = host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server(
         address, family=family, backlog=1024, dualstack_ipv6=both, reuse_port=options.reuse_port
@@ -2041,8 +2091,14 @@ def append_entry(path: str, text: str) -> None:
         size = os.fstat(fd).st_size
         begun = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
         entry = b"\n" * begun + os.fsencode(f"[{stamp}] {text}\n")
-        while entry:
-            entry = entry[log.write(entry) :]
+        written = 0
+        try:
+            while written < len(entry):
+                written += log.write(entry[written:])
+        except OSError:
+            if os.fstat(fd).st_size == size + written:
+                os.truncate(fd, size)  # all of it or nothing
+            raise
         os.fsync(fd)
 
 
@@ -2171,12 +2227,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="audit_stream: %(message)s")
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # standard error may be on a full disk
+    warnings.simplefilter("ignore", FutureWarning)  # [a&&b] in a query: Python means to give that a meaning one day
     logging.getLogger("websockets").setLevel(logging.ERROR)
     options = parse(argv)
     try:
         (watch if options.append is None else append)(options)
     except OSError as error:
-        what = error.filename or (options.log if options.append else f"{options.host}:{options.port}")
+        what = error.filename or (options.log if options.append is not None else f"{options.host}:{options.port}")
         print(f"audit_stream.py: {what}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0

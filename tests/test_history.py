@@ -346,6 +346,17 @@ def test_a_long_text_is_cut_at_16_kib(serve, log):
         assert len(text) == size if size <= 16384 else 16380 < len(text) <= 16384
 
 
+def test_an_answer_is_bounded_and_nothing_is_skipped_by_it(serve, log):
+    append(log, "".join("\x01" * 20_000 + f" needle {number:03d}\n" for number in range(300)))
+    server = serve(log, "--rate-limit", 0)
+
+    answers = all_pages(server, "needle", 1000)
+
+    assert all(sum(len(match["text"]) for match in answer["matches"]) < 1.1 * MIB for answer in answers)
+    found = [match["start"] for answer in reversed(answers) for match in answer["matches"]]
+    assert found == [number * 20_012 for number in range(300)]
+
+
 def test_what_is_not_searched_is_named_and_what_is_around_it_is_found(serve, log):
     first = append(log, "first needle\n")
     long = append(log, "needle " + "x" * (3 * MIB // 2) + "\n")
@@ -448,6 +459,10 @@ def test_every_answer_names_its_generation(serve, log):
     eventually(lambda: server.get("/api/audit", If_Match=tags[0])[0] == 412)
 
     assert len(set(tags)) == 1 and tags[0]
+    bad = ["/api/search?q=", "/api/search?q=x&limit=0", "/api/timeline?points=0", "/api/seek?time=soon"]
+    tag = server.get(paths[0])[1]["ETag"]
+    assert {(answer[0], answer[1]["ETag"]) for answer in map(server.get, bad)} == {(400, tag)}
+    assert server.get(paths[0], If_Match=f'"x", {tag}')[0] == 200
     assert [server.get(path, If_Match=tags[0])[0] for path in paths] == [412] * 4
     assert [server.get(path, If_Match=server.get(path)[1]["ETag"])[0] for path in paths] == [200] * 4
 
@@ -698,11 +713,14 @@ def test_the_timeline_of_few_lines_is_these_lines(serve, log):
     log.touch()
     empty = eventually(lambda: (answer := server.get("/api/timeline"))[0] == 200 and answer)
     append(log, "no time\n[2025-12-17T17:40:37.5Z] one\n[2025-12-17 17:40:38+01:00] two\n")
+    append(log, "\n2025-12-17 17:40:39 +01 three\n")
 
     few = json.loads(server.get("/api/timeline")[2])
 
     assert json.loads(empty[2]) == {"size": 0, "points": []}
-    assert few["points"] == [[0, None], [8, 1765993237.5], [37, 1765989638]]
+    assert few["points"] == [
+        [0, None], [8, 1765993237.5], [37, 1765989638], [69, None], [70, 1765989639],
+    ]  # fmt: skip
 
 
 def test_a_bad_number_of_points_gets_400(serve, log):
@@ -715,6 +733,21 @@ def test_a_bad_number_of_points_gets_400(serve, log):
 
 
 # seeking a time
+
+
+def test_a_walk_through_the_times_holds_up_neither_a_range_nor_the_stop(serve, log):
+    append(log, b"no\n" * 60_000_000)
+    server = serve(log, "--rate-limit", 0, dev=False)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(server.connect())
+            client.sendall(f"GET /api/seek?time=2025-12-17 HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        eventually(lambda: server.cpu() > 0.5)
+        status, _, body = server.get("/api/audit", Range="bytes=999-1007")
+
+        assert (status, body) == (206, b"no\n" * 3)
+        assert server.stop(within=2) == 0
 
 
 def seek(server, moment):
@@ -758,6 +791,8 @@ def test_seek_takes_the_usual_ways_to_write_a_time(serve, log):
     ):
         assert [seek(server, text), seek(server, f"[{text}]")] == [b, b], text
     assert seek(server, "2025-12-17T12:40:37.25-05:00") == b
+    for text in ("2025-12-17T18:40:37+01:00", "2025-12-17T18:40:37.25+0100", "2025-12-17T18:40:36,5+01"):
+        assert json.loads(server.get(f"/api/seek?time={text}")[2])["offset"] == b[0], text
     assert seek(server, "2025-12-17T17:40:37.251Z")[1] == 1765993238
     assert seek(server, "1999-01-01T00:00:00Z") == [0, 1765993236]
     assert seek(server, "2025-12-17T17:40:38.001Z") == [log.stat().st_size, None]
@@ -771,16 +806,22 @@ def test_seek_finds_the_first_of_many_entries_of_one_time(serve, log):
     assert seek(serve(log), "2026-02-02T02:40:00Z") == same[0]
 
 
-@pytest.mark.parametrize(
-    "between", ["  a traceback\n" * 20_000, "  a traceback\n" * 500_000, "x" * 2 * MIB + "\n"], ids=len
-)
+HOLE = "a hole of 4 GiB"
+TRACEBACK = "  a traceback\n"
+BETWEEN = [TRACEBACK * 20_000, TRACEBACK * 5_500_000, "x" * 2 * MIB + "\n", "x" * 200 * MIB + "\n", HOLE]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda text: text[:4] + str(len(text)))
 def test_seek_passes_what_has_no_time(between, serve, log):
     first = write_journal(log, journal(300))
-    append(log, between)
+    if between is HOLE:
+        os.truncate(log, 4 << 30)
+    else:
+        append(log, between)
     second = write_journal(log, ((1_770_000_000 + n, f"[2026-02-02T02:40:{n:02d}Z] new {n}\n") for n in range(60)))
-    server = serve(log, "--rate-limit", 0)
+    server = serve(log, "--rate-limit", 0, dev=False)
 
-    for place in (*first[::60], *second[::15]):
+    for place in (*first[::100], *second[::30]):
         moment = stamped(place[1], "{:%Y-%m-%dT%H:%M:%SZ}")
         assert seek(server, moment) == first_at([*first, *second], place[1], None), moment
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -64,11 +65,21 @@ def test_a_taken_port_is_one_clear_line(log):
     assert port in reason(finished)
 
 
-def test_an_unknown_host_is_one_clear_line(log):
-    finished = run("--log", log, "--port", 0, "--host", "no.such.host.invalid")
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "x" * 64])
+def test_an_unknown_host_is_one_clear_line(host, log):
+    finished = run("--log", log, "--port", 0, "--host", host)
 
     assert finished.returncode == 1
-    assert "no.such.host.invalid" in reason(finished)
+    assert host in reason(finished)
+
+
+def test_a_log_with_any_name_is_followed(serve, view, tmp_path):
+    log = Path(os.fsdecode(os.fsencode(tmp_path) + b"/l\xf6g \n.log"))
+    append(log, "one\n")
+
+    viewer = view(serve(log), json=True).wait("one\n")
+
+    assert viewer.of("snapshot")[0]["log"] == "l\ufffdg \n.log"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +174,20 @@ def test_append_refuses_a_text_of_two_lines(text, log):
 
     assert finished.returncode == 2 and reason(finished)
     assert not log.exists()
+
+
+def test_append_writes_all_or_nothing(log):
+    before = append(log, "x" * 2000 + "\n")
+
+    finished = run("--log", log, "--append", "y" * 2000, preexec_fn=lambda: limit_file_size(3000))
+
+    assert finished.returncode == 1 and str(log) in reason(finished)
+    assert log.read_bytes() == before
+
+
+def limit_file_size(size):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_append_to_a_missing_folder_is_one_clear_line(tmp_path):
@@ -387,6 +412,8 @@ RANGES = {
     "-7": (SIZE - 7, SIZE - 1),
     "10-999999999": (10, SIZE - 1),
     "-999999999": (0, SIZE - 1),
+    f"0-{2**64 - 1}": (0, SIZE - 1),
+    f"-{2**63 - 1}": (0, SIZE - 1),
     f"{SIZE - 1}-": (SIZE - 1, SIZE - 1),
 }
 
