@@ -168,6 +168,7 @@ def test_appended_entries_appear_at_the_end(serve: Serve, log: Path, watch: Watc
 
 def test_a_log_that_is_not_there_yet_appears(serve: Serve, log: Path, watch: Watch) -> None:
     page = watch(serve(log, "--interval", "0.2").url)
+    page.wait("document.querySelector('#proof').textContent === 'the log is missing'")
 
     written = write(log, entries("the first", "the second"))
 
@@ -601,6 +602,71 @@ def test_a_burst_of_300_000_lines_leaves_the_page_usable(serve: Serve, log: Path
     assert (seen, len(burst) > 24_000_000, nodes < 20_000, slowest < 1) == (last, True, True, True), (nodes, slowest)
     ends_with(page, last)
     assert page.js("document.querySelectorAll('#auditBox .seam').length") == 0
+
+
+def test_the_filter_sees_the_whole_of_a_long_line(serve: Serve, log: Path, watch: Watch) -> None:
+    long = ["x" * 20_000 + " the needle", "y" * 20_000 + " no n-e-e-d-l-e"]
+    write(log, ["first", *long])
+    page = watch(serve(log).url)
+    page.wait(f"{LINES}.length === 3")
+
+    search(page, "needle")
+    page.wait(f"{LINES}.length === 1 && /x … and .* more$/.test({TEXTS}[0])")
+    search(page, "-needle")
+    page.wait(f"{LINES}.length === 2 && {TEXTS}[0] === 'first' && /y … and .* more$/.test({TEXTS}[1])")
+    write(log, long)
+
+    page.wait(f"{LINES}.length === 3")
+    assert page.js(f"{TEXTS}.filter(text => text[0] === 'x').length") == 0
+
+
+def test_what_is_left_of_a_cut_log_can_be_read_and_searched(
+    serve: Serve, log: Path, watch: Watch, view: Callable[..., Any]
+) -> None:
+    written = write(log, numbered(0, 20_000))
+    server = serve(log)
+    page, viewer = watch(server.url), view(server, json=True)
+    ends_with(page, written[-1])
+
+    os.truncate(log, sum(len(line) + 1 for line in written[:2000]))
+    viewer.wait(lambda viewer: viewer.of("generation"))
+    write(log, ["after the cut"])
+    ends_with(page, "after the cut")
+    search(page, '"entry 77"')
+
+    page.wait(f"{TEXTS}.includes({written[77]!r}) && document.body.innerText.includes('whole log')")
+    shown = page.js(f"{LINES}.map(line => line.textContent).filter(text => text.includes('entry 77'))")
+    assert [text for text in shown if text in written[:2000]] == [line for line in written[:2000] if "entry 77" in line]
+
+
+def test_behind_a_hole_the_entries_can_be_read(serve: Serve, log: Path, watch: Watch) -> None:
+    before = write(log, numbered(0, 100))
+    os.truncate(log, log.stat().st_size + 3_000_000)
+    after = write(log, ["an entry behind the hole", "and one more"])
+
+    page = watch(serve(log).url)
+
+    page.wait(f"{LINES}.length > 20")
+    assert [text for text in page.js(TEXTS) if "\u2400" in text] == []
+    assert page.js(f"{PIECES}.filter(piece => piece.dataset.kind === 'hole').length") == 1
+    ends_with(page, after[-1])
+    search(page, "entry")
+    page.wait(f"{LINES}.length === {len(before) + 1}")
+
+
+def test_a_held_view_stays_at_its_line_whatever_the_width(serve: Serve, log: Path, watch: Watch) -> None:
+    written = write(log, [f"{line} {'with words to wrap ' * 8}" for line in numbered(0, 3000)])
+    page = watch(serve(log).url)
+    ends_with(page, written[-1].rstrip() + " ")
+    scroll_up(page, 3000)
+    first = page.js(FIRST)[0]
+
+    for width in (600, 360, 1000):
+        page.resize(width, 700)
+        page.wait(f"innerWidth === {width}")
+        page.wait(AT_REST)
+
+        assert page.js(FIRST)[0] == first
 
 
 def test_the_next_screens_are_there_before_one_scrolls_and_nothing_jumps(

@@ -255,6 +255,8 @@ def test_a_link_opens_the_same_view(page: Page, site: Server, watch: Watch) -> N
     other = watch(page.js("location.href"))
 
     other.wait(f"{FIRST}[0] === {place!r}")
+    third = watch(f"{site.url}#q=needle")
+    third.wait(f"{LINES}.length === 4 && document.querySelector('#searchBox').value === 'needle'")
     other.js("(location.hash = '#q=needle')")
     other.wait(f"{LINES}.length === 4 && document.querySelector('#searchBox').value === 'needle'")
     other.js(f"(location.hash = '#q=needle&at={offset_of(33_333)}&context=1')")
