@@ -1655,10 +1655,13 @@ LOGIN = b"""<!DOCTYPE html>
 <title>Audit Stream</title>
 <link rel="icon" href="data:,">
 <style>
-body { background: #0b0f0c; color: #7fe0a0; font: 16px monospace; max-width: 20em; margin: 30vh auto }
-label, input, button, output { display: block; font: inherit; margin: 8px 0 }
+body { background: #07110b; color: #7ee8a0; font: 16px system-ui, sans-serif; max-width: 20em; margin: 20vh auto 0 }
+label, input, button, output { display: block; box-sizing: border-box; font: inherit; margin: 8px 0 }
+input, button { width: 100%; padding: 8px; color: #d5ffe2; background: #102018; border: 1px solid #2b4a38 }
+output { color: #ff8a80; min-height: 1.5em }
 </style>
 <form>
+<h1>Audit Stream</h1>
 <label for="token">Access token</label>
 <input id="token" type="password" autocomplete="current-password" required autofocus>
 <button>Open</button>
