@@ -92,6 +92,7 @@ BROADCAST = 64 * KIB  # a larger batch everyone reads from the file
 BACKLOG = 64 * KIB  # in a viewer's write buffer; with more it is no longer live
 WINDOW = 0.02  # seconds between two checks: bursts are put together
 LATE = 30.0  # seconds for which a rotated file is still read
+LATE_FILES = 60  # so many of them; a cursor names 64
 HESITATE = 1.0  # seconds until a missing or emptied log is one: a rotation takes less
 QUIET = 10.0  # seconds without a frame until `checked` is sent
 STUCK = 60.0  # seconds without progress until a viewer is given up
@@ -214,15 +215,15 @@ class Generation:
 
     def settled(self) -> int:
         """Where the last whole line ends; within a line longer than a frame, where the file does."""
-        end = self.size
-        if end and os.pread(self.fd, 1, end - 1) == b"\0":
-            end = self.last_byte()
+        end = self.last_byte()
         low = max(0, end - FRAME)
         data = os.pread(self.fd, end - low, low)
         return low + (data.rfind(b"\n") + 1 or (whole_characters(data) if low else 0))
 
     def last_byte(self) -> int:
         """The end of the file, without holes and NULs."""
+        if os.pread(self.fd, 1, max(0, self.size - 1)) != b"\0":
+            return self.size
         stretches = [0]
         with contextlib.suppress(OSError):
             while True:
@@ -301,30 +302,38 @@ def open_file(path: str) -> Generation:
 
 def siblings(path: str) -> list[str]:
     """The rotated files beside the log, newest first: NAME.1, NAME.2.gz, NAME-20251217, NAME.2025-12-16."""
-    found = []
+    return [name for name, *_ in listing(path) if name != path]
+
+
+def listing(path: str) -> list[tuple[str, int, int]]:
+    """The log and its siblings, each file once, and which ones they are."""
+    found: dict[str, re.Match[str]] = {}
     for log in dict.fromkeys((path, os.path.realpath(path))):
         folder, name = os.path.split(log)
         shape = re.compile(re.escape(name) + r"(?:\.(\d{1,5})|[-.](\d{4}[-_.:T\d]*\d))(\.gz)?")
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-            found += [(match, entry.path) for entry in entries if (match := shape.fullmatch(entry.name))]
-    found.sort(key=lambda item: item[0][2] or "", reverse=True)
-    found.sort(key=lambda item: int(item[0][1] or 0))  # stable: the dated ones stay in their order
-    return [file for _, file in found[:SIBLINGS]]
-
-
-def listing(path: str) -> list[tuple[str, int, int]]:
-    """The log and the files beside it, and which ones they are."""
-    found = []
-    for name in (path, *siblings(path)):
+            found |= {entry.path: match for entry in entries if (match := shape.fullmatch(entry.name))}
+    names = [name for name, match in found.items() if not match[3] or name[:-3] not in found]  # else not packed yet
+    names.sort(key=lambda name: found[name][2] or "", reverse=True)
+    names.sort(key=lambda name: int(found[name][1] or 0))  # stable: the dated ones stay in their order
+    files: dict[tuple[int, int], str] = {}
+    for name in (path, *names[:SIBLINGS]):
         with contextlib.suppress(OSError):
             status = os.stat(name)
-            found.append((name, status.st_dev, status.st_ino))
-    return found
+            files.setdefault((status.st_dev, status.st_ino), name)
+    return [(name, *which) for which, name in files.items()]
+
+
+def is_file(path: str, fd: int) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
 
 
 def unpack(path: str, most: int, unwanted: threading.Event) -> Generation:
     """A .gz file as an ordinary one, in a temporary file without a name; OSError if broken, larger or unwanted."""
-    with tempfile.TemporaryFile() as copy, gzip.open(path) as packed:
+    source = open_file(path)
+    with tempfile.TemporaryFile() as copy, open(os.dup(source.fd), "rb") as file, gzip.open(file) as packed:
         try:
             while data := packed.read(MIB):
                 if copy.tell() + len(data) > most or unwanted.is_set():
@@ -427,6 +436,13 @@ def settled(at: Position) -> Position:
     return Position(segment, offset)
 
 
+def last_generation(segment: Segment) -> Generation:
+    """The one at the end of the stream: the follower looks after it."""
+    while segment.next:
+        segment = segment.next.segment
+    return segment.gen
+
+
 def step(at: Position) -> Frame | None:
     """The next frame from a position; None at the end, and where the follower has to look first."""
     segment, offset = settled(at)
@@ -437,7 +453,7 @@ def step(at: Position) -> Frame | None:
         segment, offset, event = segment.next
         return Frame("generation", event, offset, Position(segment, offset))
     data = gen.read(offset, min(end, offset + FRAME))
-    if not gen.intact() and not segment.next:
+    if not gen.intact() and last_generation(segment) is gen:
         return None
     if not data or not gen.intact():  # a rotated file that was changed is as good as a hole
         to = (gen.intact() and gen.after_hole(offset)) or end
@@ -460,6 +476,7 @@ class Log:
         self.found = False
         self.amiss = 0.0  # since when something else than our file is at the path, or nothing
         self.busy, self.unpacking = asyncio.Lock(), asyncio.Lock()
+        self.unpacked: weakref.WeakValueDictionary[tuple[int, int, int], Generation] = weakref.WeakValueDictionary()
         self.round = asyncio.Event()
         self.open()
 
@@ -479,7 +496,7 @@ class Log:
             if newest.endswith(".gz") and self.gen.end:
                 return
             old = unpack(newest, UNPACKED, threading.Event()) if newest.endswith(".gz") else open_file(newest)
-            old.mark(old.settled())
+            old.mark(old.last_byte())
             self.tail.before = old.part(old.end) if old.end else NOTHING
             if time.time() - os.fstat(old.fd).st_ctime < LATE:
                 self.late[old] = time.monotonic() + LATE
@@ -566,18 +583,19 @@ class Log:
                 return self.fine()
             before = listing(self.path)
             new = open_file(self.path)
+            new = next((gen for gen in self.late if os.path.sameopenfile(gen.fd, new.fd)), new)  # it is back
         except OSError as error:
             gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             self.trouble("missing" if gone else "unreadable", error.strerror or "cannot be read")
             return False
         old = self.gen
-        if not self.found or (os.fstat(old.fd).st_nlink == 0 and new.has(old.marks)):
+        if not self.found or (os.fstat(old.fd).st_nlink == 0 and (old.end or not old.size) and new.has(old.marks)):
             old.swap(new)
             self.found = True
         elif new.size == 0 and self.hesitates():
             return False
         else:
-            chain = await self.since_renamed() or await self.since_copied()
+            chain = await self.rotated()
             if listing(self.path) != before:
                 return True  # the files were renamed while we opened them: look again
             self.queue(chain, (new, "rotated"))
@@ -591,7 +609,7 @@ class Log:
         if old.size == 0 and self.hesitates():
             return False
         before = listing(self.path)
-        copies = await self.since_copied()
+        copies = await self.rotated()
         if listing(self.path) != before:
             return True
         start = 0 if copies else old.survivor()
@@ -607,50 +625,59 @@ class Log:
         self.fine()
         return True
 
-    async def since_renamed(self) -> list[Generation]:
-        """The open file, where it lies beside the log by now, and what was rotated since, oldest first."""
+    async def rotated(self) -> list[Generation]:
+        """Our file, or a copy from before it was cut or packed, and what was rotated since, oldest first."""
         paths = siblings(self.path)
-        for at, path in enumerate(paths):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(path), os.fstat(self.gen.fd)):
-                    return [await self.open_rotated(newer) for newer in reversed(paths[: at + 1])]
-        return []
-
-    async def since_copied(self) -> list[Generation]:
-        """A copy that has all that was published, and what was rotated since, oldest first."""
+        ours = next((at for at, path in enumerate(paths) if is_file(path, self.gen.fd)), None)
+        if ours is not None and not self.gen.intact():
+            paths, ours = paths[ours + 1 :], None  # what is newer than our file comes after it, not after its copy
         found: list[Generation] = []
-        for path in siblings(self.path):
+        for at, path in enumerate(paths):
             try:
-                if not self.gen.end or os.stat(path).st_mtime_ns < self.gen.modified:
+                if ours is None and (not self.gen.end or os.stat(path).st_mtime_ns < self.gen.modified):
                     break  # a copy was written after the log was
-                found.insert(0, await self.open_rotated(path))
-                if found[0].has(self.gen.marks):
+                found.insert(0, Generation(os.dup(self.gen.fd)) if at == ours else await self.open_rotated(path))
+                if at == ours or (ours is None and found[0].has(self.gen.marks)):
                     return found
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise  # there may be one all the same
         return []
 
-    async def open_rotated(self, path: str, most: int = UNPACKED) -> Generation:
+    async def open_rotated(self, path: str) -> Generation:
         if not path.endswith(".gz"):
             return open_file(path)
         async with self.unpacking:
-            return await off_loop(unpack, path, most)
+            return await off_loop(unpack, path, UNPACKED)
+
+    async def unpack_once(self, path: str, most: int) -> Generation:
+        """A .gz file, one copy for all viewers that resume in it or before it."""
+        async with self.unpacking:
+            status = os.stat(path)
+            which = status.st_dev, status.st_ino, status.st_mtime_ns
+            gen = self.unpacked.get(which)
+            if gen is None:
+                gen = self.unpacked[which] = await off_loop(unpack, path, most)
+            return gen
 
     def queue(self, chain: list[Generation], last: tuple[Generation, str]) -> None:
         """Read on in the first of the chain, then the files that came after it, and then the last."""
         if chain:
-            self.gen.swap(chain[0])
-        missed = [gen for gen in chain[1:] if not os.path.sameopenfile(gen.fd, last[0].fd)]
-        self.pending.extend([*((gen, "rotated") for gen in missed), last])
+            lives = {self.gen, *Generation.living.values()}  # the copy also has what came before a cut
+            for gen in [gen for gen in lives if os.path.sameopenfile(gen.fd, self.gen.fd)]:
+                gen.swap(chain[0])
+        self.pending.extend([*((gen, "rotated") for gen in chain[1:]), last])
 
     def begin(self, new: Generation, reason: str) -> None:
         """The open file is read to its end: from now on the next one is the log."""
         old = self.gen
         self.pull(old, final=True)
+        self.late.pop(new, None)
         self.late[old] = time.monotonic() + LATE
+        if len(self.late) > LATE_FILES:
+            self.late[next(iter(self.late))] = 0.0
         self.gen = new
-        self.tail = self.tail.lead(self.segment(new), 0, reason)
+        self.tail = self.tail.lead(self.segment(new), new.end, reason)
         if reason == "rotated":
             self.note(reason)
 
@@ -681,23 +708,21 @@ class Log:
         parts = parse_cursor(cursor)
         if parts is None:
             return "malformed"
-        looked = False
         while True:
-            current, before = self.gen, listing(self.path)
+            before = listing(self.path)
+            while await self.check():  # the files as they are: what the follower has yet to see would be out of order
+                await asyncio.sleep(0)
+            current = self.gen
             files, owners = await self.locate(parts)
             if current is not self.gen or listing(self.path) != before:
                 continue  # rotated meanwhile
-            newest = owners.get(parts[-1]) if parts else None
-            if newest and offset_of(parts[-1]) > newest.end and newest in (current, *self.late):
+            read = {current, *self.late}
+            if not current.intact() or any(gen in read and offset_of(part) > gen.end for part, gen in owners.items()):
                 await self.round.wait()  # the reader has to pass first
-            elif newest or not parts:
+            elif not parts or parts[-1] in owners:
                 return self.thread(parts, files, owners)
-            elif looked:
-                return "ahead" if offset_of(parts[-1]) > current.size else "changed"
             else:
-                looked = True
-                while await self.check():
-                    await asyncio.sleep(0)
+                return "ahead" if offset_of(parts[-1]) > current.size else "changed"
 
     async def locate(self, parts: list[str]) -> tuple[list[Generation], dict[str, Generation]]:
         """The files, newest first, as far as they are wanted, and which of them proves which part of a cursor."""
@@ -718,9 +743,10 @@ class Log:
             if parts and len(owners) == len(parts) and all(gen in files[: place + opened] for gen in owners.values()):
                 break
             with contextlib.suppress(OSError):
-                gen = await self.open_rotated(path, left)
+                gen = await self.unpack_once(path, left)
                 left -= gen.size
-                if not any(known.end and gen.has(known.marks) for known in self.late):  # packed, and still open
+                open_yet = (known for known in self.late if known.size == gen.size)
+                if not any(gen.has(known.marks) for known in open_yet):
                     files.insert(place + opened, gen)
                     opened += 1
                     owners = assign(parts, files)
@@ -730,7 +756,7 @@ class Log:
         """The stretches from a cursor to the end of the stream, in one step, so that nothing falls between."""
         for gen in files:
             if gen is not self.gen and gen not in self.late:
-                gen.mark(gen.size)
+                gen.mark(gen.last_byte())
         newest = owners[parts[-1]] if parts else files[-1]
         sent = [(owners[part], part) for part in parts[:-1] if part in owners]
         first = last = Segment(newest, (part for _, part in sent))
@@ -739,8 +765,8 @@ class Log:
         for gen in reversed(files[1 : files.index(newest)]):
             last = last.lead(Segment(gen), 0, "rotated")
         last.stop = last.end
-        current = newest is self.gen
-        last.next = Link(self.tail, self.gen.end if current else 0, "" if current else "rotated")
+        start = self.gen.end if self.gen in (newest, *owners.values()) else 0
+        last.next = Link(self.tail, start, "" if newest is self.gen else "rotated")
         return Position(first, offset_of(parts[-1]) if parts else 0)
 
 
@@ -995,8 +1021,10 @@ async def opening(log: Log, initial: int, since: str | None) -> tuple[Position, 
         at = frame.to if frame and frame.kind == "append" and frame.to.segment is resumed.segment else resumed
         start, text = resumed.offset, frame.text if frame and at is frame.to else ""
     else:
+        while not log.gen.intact() and await log.check():
+            await asyncio.sleep(0)  # else the cursor would prove bytes that nobody got
         at = Position(log.tail, log.tail.end)
-        start = log.gen.line_start(at.offset, initial)
+        start = log.gen.line_start(at.offset, initial) if log.gen.intact() else at.offset
         text = log.gen.read(start, at.offset).decode(errors="replace")
     gen = at.segment.gen
     return at, {

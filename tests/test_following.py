@@ -1,6 +1,7 @@
 """Whatever happens to the file: the text that arrives is the text that was written."""
 
 import contextlib
+import gzip
 import itertools
 import os
 import shutil
@@ -192,6 +193,28 @@ def copied_and_truncated_and_grown_longer(log):
     return added + add(log, "b", 300)
 
 
+@change("truncated", "rotated", "rotated")
+def copied_and_truncated_and_renamed_twice(log):
+    added = add(log, "a")
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+    for tag in "bc":
+        added += add(log, tag)
+        shift(log)
+    return added + add(log, "d")
+
+
+@change("rotated", "rotated")
+def rotated_with_packed_copies_beside_the_files(log):
+    added = add(log, "a")
+    for tag in "bc":
+        shift(log)
+        added += add(log, tag)
+    for number in (1, 2):
+        Path(f"{log}.{number}.gz").write_bytes(gzip.compress(Path(f"{log}.{number}").read_bytes()))
+    return added
+
+
 @pytest.fixture(scope="module", params=["live", "away", "polling"])
 def followed(request, tmp_path_factory):
     """One server for all changes, in each of three ways to notice them; a viewer that sees them all."""
@@ -319,6 +342,80 @@ def test_a_line_unfinished_at_the_rotation_stays_with_its_file(how, serve, view,
 
     viewer.joined()
     assert viewer.texts() == [FIRST + "unfinished", added]
+
+
+def test_a_link_to_a_file_that_is_named_like_a_rotated_one_is_read_once(serve, view, log):
+    append(Path(f"{log}-20251217"), FIRST)
+    log.symlink_to(f"{log}-20251217")
+    viewer = view(serve(log, "--initial", 131072), json=True).wait(FIRST)
+
+    added = add(log, "a")
+    viewer.wait(added)
+    added += add(log, "b")
+    viewer.wait(added)
+
+    assert viewer.joined() == FIRST + added
+
+
+def test_a_rotated_file_that_comes_back_goes_on(serve, view, log):
+    server, viewer = start(serve, view, log)
+    log.rename(f"{log}.1")
+    added = add(log, "b")
+    viewer.wait(added)
+
+    Path(f"{log}.1").rename(log)
+    for tag in "cd":
+        added += add(log, tag)
+        viewer.wait(added)
+    late = view(server, json=True, since=viewer.cursor)
+    last = add(log, "e")
+
+    late.wait(last)
+    assert viewer.wait(last).text == FIRST + added + last
+    assert late.text == last
+
+
+def test_a_line_that_was_never_finished_is_not_lost_with_its_file(serve, view, log):
+    log.touch()
+    viewer = view(serve(log), json=True)
+    viewer.wait(lambda it: it.frames)
+
+    append(log, "unfinished")
+    log.unlink()
+    added = add(log, "a")
+    viewer.wait(added)
+
+    assert viewer.text == "unfinished" + added
+
+
+def test_a_lagging_viewer_gets_what_only_the_copy_has(serve, view, log):
+    server, viewer = start(serve, view, log, dev=False)
+    slow = view(server, json=True, receive_buffer=4096).wait(lambda it: it.frames)
+    slow.hold()
+    log.rename(f"{log}.1")
+    much = append(log, lines(60_000, 500)).decode()
+    viewer.wait(much[-200:])
+    late = append(Path(f"{log}.1"), "written late\n").decode()
+    viewer.wait(late)
+
+    os.rename(f"{log}.1", f"{log}.2")
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+    slow.release()
+    slow.wait(lambda it: "truncated" in it.reasons(), 20)
+
+    assert slow.text.replace(late, "").endswith(much) and not slow.of("skip")
+
+
+def test_a_viewer_that_comes_before_a_rewrite_is_noticed_gets_all_of_it_once(serve, view, log):
+    server, _ = start(serve, view, log, "polling")
+
+    log.write_text(lines(100, 5000))
+    viewers = [view(server, json=json) for json in (True, False)]
+    last = add(log, "last")
+
+    for viewer in viewers:
+        assert viewer.wait(last).text == lines(100, 5000) + last
 
 
 # the log is not there, or is no log

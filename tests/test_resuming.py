@@ -271,6 +271,90 @@ def test_late_lines_of_a_rotated_file_arrive_once_after_a_resume(place, serve, v
     )
 
 
+@pytest.mark.parametrize("how", ["live", "polling"])
+def test_a_cursor_goes_on_right_after_a_copy_and_a_cut(how, serve, view, log):
+    append(log, FIRST)
+    server = serve(log, "--interval", 0.5, prefix=NO_INOTIFY if how == "polling" else ())
+    cursor = watch(server, view).cursor
+
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+    viewer = view(server, json=True, since=cursor)
+    added = add(log, "b")
+
+    assert viewer.wait(added).text == added
+
+
+def test_an_unfinished_last_line_of_a_rotated_file_is_sent_once(serve, view, log):
+    append(log, FIRST)
+    server = serve(log, "--interval", 0.3)
+    viewer = watch(server, view)
+    append(log, "unfinished")
+    viewer.wait("unfinished")
+    log.rename(f"{log}.1")
+    viewer.wait(add(log, "b"))
+    assert server.stop() == 0
+
+    server = serve(log, "--interval", 0.3)
+    resumed = view(server, json=True, since=viewer.cursor).wait(lambda it: it.frames)
+    time.sleep(1)  # an interval and more: it would come now
+    added = add(log, "c")
+
+    assert resumed.wait(added).text == added
+
+
+def test_seventy_rotations_in_half_a_minute_leave_a_good_cursor(serve, view, log):
+    append(log, FIRST)
+    server = serve(log)
+    viewer = watch(server, view)
+
+    for number in range(70):
+        shift(log)
+        viewer.wait(add(log, f"round {number}", 1))
+    resumed = view(server, json=True, since=viewer.cursor)
+    added = add(log, "last")
+
+    assert resumed.wait(added).text == added
+    assert resumed.of("snapshot")[0]["resumed"]
+
+
+def test_files_with_the_same_first_line_hide_no_packed_one(serve, view, log):
+    banner = "# the same banner\n"
+    append(log, banner)
+    server = serve(log, "--initial", 131072)
+    viewer = watch(server, view, banner)
+    viewer.wait(append(log, "day 0\n").decode())
+    assert server.stop() == 0
+    for day in (1, 2):
+        shift(log)
+        append(log, f"{banner}day {day}\n")
+    pack(Path(f"{log}.1"))
+    pack(Path(f"{log}.2"))
+    server = serve(log, "--initial", 131072)
+    witness = watch(server, view, "day 2")
+    shift(log)
+    append(log, banner)
+    witness.wait(lambda it: it.text.count(banner) == 2)
+    shift(log)
+    witness.wait(append(log, banner + "day 4\n").decode())
+
+    resumed = view(server, json=True, since=viewer.cursor)
+
+    assert resumed.wait("day 4\n").text == f"{banner}day 1\n{banner}day 2\n{banner}{banner}day 4\n"
+
+
+def test_a_fifo_named_like_a_packed_file_blocks_nothing(serve, view, log):
+    append(log, FIRST)
+    server, cursor = cursor_at_the_end(serve, view, log)
+    log.write_text("something else\n")
+    os.mkfifo(f"{log}.1.gz")
+
+    viewer = view(server, json=True, since=cursor).wait(lambda it: it.frames)
+
+    assert not viewer.of("snapshot")[0]["resumed"]
+    assert server.stop(within=2) == 0
+
+
 def test_a_line_written_late_while_no_server_ran_is_not_lost(serve, view, log):
     append(log, FIRST)
     server = serve(log)
