@@ -69,4 +69,5 @@ def second_process(session: pytest.Session, folder: Path) -> Generator[None]:
         for line in (folder / "reports").read_text().splitlines() if (folder / "reports").exists() else ():
             session.config.hook.pytest_runtest_logreport(report=pytest.TestReport._from_json(json.loads(line)))
         if code not in (0, 1):
-            raise session.Failed(f"the second process: exit code {code}\n{Path(output.name).read_text()}")
+            session.shouldfail = f"the second process ended with {code}: {Path(output.name).read_text()}"
+            raise session.Failed(session.shouldfail)
