@@ -171,11 +171,14 @@ class Generation:
     def intact(self) -> bool:
         return self.has(self.marks)
 
+    def marks_at(self, end: int) -> Marks:
+        edge = min(EDGE, end)
+        return Marks(end, os.pread(self.fd, edge, 0), os.pread(self.fd, edge, end - edge))
+
     def mark(self, end: int) -> None:
         """Everything before end is published from now on."""
-        edge = min(EDGE, end)
-        marks = Marks(end, os.pread(self.fd, edge, 0), os.pread(self.fd, edge, end - edge))
-        if len(marks.tail) < edge:
+        marks = self.marks_at(end)
+        if len(marks.tail) < min(EDGE, end):
             return  # cut in this moment; the next check sees it
         self.marks = marks
         self.modified = os.fstat(self.fd).st_mtime_ns
@@ -184,6 +187,11 @@ class Generation:
             self.known[self.name] = self.marks
             while len(self.known) > 256:
                 del self.known[next(iter(self.known))]
+
+    def is_packed_as(self, other: Generation) -> bool:
+        """Has it no name left, and does the other one hold all of it?"""
+        end = self.size
+        return os.fstat(self.fd).st_nlink == 0 and other.size == end and other.has(self.marks_at(end))
 
     def swap(self, other: Generation) -> None:
         """Go on in another file that has the same bytes."""
@@ -616,7 +624,9 @@ class Log:
         new = Generation(os.dup(old.fd), start)
         reason = "truncated" if cut or copies else "rewritten"
         self.note(reason)
-        if copies:
+        if any(old.is_packed_as(gen) for gen in copies[1:]):
+            self.queue(copies[:-1], (copies[-1], "rotated"))
+        elif copies:
             self.queue(copies, (new, reason))
         else:
             old.mark(min(start, old.end))

@@ -204,6 +204,17 @@ def copied_and_truncated_and_renamed_twice(log):
     return added + add(log, "d")
 
 
+@change("truncated rotated", "rotated")
+def copied_and_truncated_and_renamed_and_packed(log):
+    added = add(log, "a")
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+    added += add(log, "b")
+    shift(log)
+    pack(Path(f"{log}.1"))
+    return added + add(log, "c")
+
+
 @change("rotated", "rotated")
 def rotated_with_packed_copies_beside_the_files(log):
     added = add(log, "a")
