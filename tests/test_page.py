@@ -421,7 +421,8 @@ def test_an_expression_that_takes_for_ever_is_given_up_and_the_page_goes_on(
     serve: Serve, log: Path, watch: Watch
 ) -> None:
     written = write(log, ["a" * 60 + "!", "www.example.com", "b" * 10])
-    page = watch(serve(log).url)
+    server = serve(log, "--interval", "0.2")
+    page = watch(server.url)
     shows(page, written)
 
     search(page, "(a+)+$")
@@ -439,6 +440,16 @@ def test_an_expression_that_takes_for_ever_is_given_up_and_the_page_goes_on(
     shows(page, written)
     written += write(log, ["and so on"])
     shows(page, written)
+    search(page, "(c+)+$")
+    shows(page, [])
+    append(log, "c" * 30)
+    shows(page, ["c" * 30])
+    append(log, "c" * 30 + "!\n")  # together they take for ever
+    page.wait("document.body.innerText.includes('takes too long')")
+    shows(page, [*written, "c" * 60 + "!"])
+    other = watch(f"{server.url}#q=(a%2B)%2B%24")
+    other.wait("document.body.innerText.includes('takes too long')")
+    shows(other, [*written, "c" * 60 + "!"])
 
 
 # -- interruptions -----------------------------------------------------------------------------------

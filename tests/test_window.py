@@ -211,6 +211,22 @@ def test_a_match_is_shown_in_its_place_and_escape_goes_back(
     ends_with(page, expected[-1])
 
 
+def test_a_match_beyond_what_is_kept_of_a_line_is_there_again_after_a_look_aside(
+    serve: Callable[..., Server], log: Path, watch: Watch
+) -> None:
+    log.write_text("needle one\n" + "x" * 20_000 + " needle\nneedle three\nother\n")
+    page = watch(serve(log).url)
+    search(page, "needle")
+    page.wait(f"{LINES}.length === 3 && {COVER}.includes('whole')")
+
+    page.js(f"{LINES}[0].click()")
+    page.wait(f"{LINES}.length === 4")
+    click(page, "Back")
+
+    page.wait(f"{LINES}.length === 3")
+    page.wait(f"/^3 matches/.test({COVER})")
+
+
 def test_enter_shows_the_match_that_n_went_to(page: Page) -> None:
     search(page, "needle")
     page.wait(f"{LINES}.length === 4 && {COVER}.includes('whole')")
