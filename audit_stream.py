@@ -50,7 +50,6 @@ import random
 import re
 import resource
 import secrets
-import shutil
 import signal
 import socket
 import ssl
@@ -100,8 +99,7 @@ SIBLINGS = 64  # rotated files that are looked at
 UNPACKED = 1024 * MIB  # of .gz files for one resumed viewer
 WATCHDOG = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # seconds; sd_watchdog_enabled(3)
 PROTOCOL = Subprotocol("audit.v1.json")
-TEXT, JSON = "text/plain; charset=utf-8", "application/json"
-HTML = "text/html; charset=utf-8"
+TEXT, HTML, JSON = "text/plain; charset=utf-8", "text/html; charset=utf-8", "application/json"
 NOTHING = "0.nothing-was-sent-yet"  # the cursor before the first byte of the first file
 
 T = TypeVar("T")
@@ -1075,8 +1073,8 @@ PLAIN_SEARCH = """
 import json, sys
 case, *terms = json.loads(sys.argv[1])
 def fold(text):  # one character for one, as JavaScript does
-    return text if case else "".join(c.casefold() if len(c.casefold()) == 1 else c.lower() if len(c.lower()) == 1 else c
-                                     for c in text)
+    ways = ((c.casefold(), c.lower(), c) for c in text)
+    return text if case else "".join(next(way for way in each if len(way) == 1) for each in ways)
 offset = 0
 for line in sys.stdin.buffer:
     text = fold(line.decode().translate({0x1a: 0xfffd, 0x9f: 0xfffd}))
@@ -1109,13 +1107,9 @@ def terms_of(query: str) -> list[Term]:
 def is_expression(word: str) -> bool:
     """Does it consist only of what JavaScript, Python and PCRE mean alike?"""
     tokens = TOKEN.findall(word)
-    if "".join(tokens) != word or repeats_lookahead(tokens):
-        return False
-    try:
-        re.compile(word)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+    with contextlib.suppress(re.error, OverflowError, RecursionError):
+        return "".join(tokens) == word and not repeats_lookahead(tokens) and bool(re.compile(word))
+    return False
 
 
 def repeats_lookahead(tokens: list[str]) -> bool:
@@ -1136,114 +1130,108 @@ def as_text(text: str) -> str:
 
 def as_pcre(word: str) -> str:
     """With JavaScript's meaning of the classes; the PCRE2 of Debian 12 takes \\S, \\W and \\D for ASCII."""
-    return re.sub(r"\\.|\[(?:\\.|[^\]])*\]|\0", spelled_out, word, flags=re.DOTALL).replace("\ufffd", STAND_INS)
+    spelled = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", spelled_out, word, flags=re.DOTALL)
+    return spelled.replace("\0", r"\x00").replace("\ufffd", STAND_INS)
 
 
 def spelled_out(piece: re.Match[str]) -> str:
     text, kind = piece[0], piece[0][1:]
     if text[0] == "[":
-        return "[" + re.sub(r"\\([dws])", lambda found: CLASSES[found[1]], kind).replace("\0", r"\x00")
+        return "[" + re.sub(r"\\([dws])", lambda found: CLASSES[found[1]], kind)
     if kind in ("b", "B"):
         return f"(?:{WORD_EDGE})" if kind == "b" else f"(?!{WORD_EDGE})"
     if kind.lower() in CLASSES:
         return f"[{'^' if kind.isupper() else ''}{CLASSES[kind.lower()]}]"
-    return r"\x00" if text == "\0" else text
+    return text
 
 
-def expression(terms: list[Term]) -> str:
-    if len(terms) == 1 and not terms[0].exclude:
-        return terms[0].pattern
-    return "^" + "".join(f"(?{'!' if exclude else '='}.*(?:{pattern}))" for exclude, _, pattern in terms)
+Stretch = tuple[int, int]  # of the log: its start and its end
+Child = tuple[list[str], bool]  # prints matching lines with their offsets; needs characters for bytes that are none?
+
+# What is asked of the whole log: two searches at a time, in child processes, and two walks through the times.
+search_places, walk_places = asyncio.Semaphore(2), asyncio.Semaphore(2)
+search_threads = concurrent.futures.ThreadPoolExecutor(4, "search")  # two for each: one feeds, one collects
 
 
-class History:
-    """What is asked of the whole log: two searches at a time, in child processes, and two walks through the times."""
+def apart(work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    return asyncio.get_running_loop().run_in_executor(search_threads, work, *args)
 
-    def __init__(self) -> None:
-        self.places, self.walks = asyncio.Semaphore(2), asyncio.Semaphore(2)
-        self.threads = concurrent.futures.ThreadPoolExecutor(4, "search")  # two for each: one feeds, one collects
 
-    async def timeline(self, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
-        return await self.walk(timeline, gen, natural(query, "points", 200, 1, 2000))
+async def walk(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(5), walk_places:
+            return await off_loop(work, *args)
+    except TimeoutError:
+        raise Trouble(422, "too few lines of the log have a time") from None
 
-    async def seek(self, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
-        return await self.walk(seek, gen, wanted_time(query))
 
-    async def walk(self, work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+async def search(gen: Generation, query: dict[str, str]) -> dict[str, Any]:
+    """Trouble, when it cannot be done or takes too long."""
+    terms = await apart(terms_of, query.get("q", ""))
+    limit = natural(query, "limit", 200, 1, 1000)
+    before = natural(query, "before", gen.size, 0, 1 << 62)
+    child = child_for(terms, query.get("case") == "1")
+    try:
+        await asyncio.wait_for(search_places.acquire(), 3)
+    except TimeoutError:
+        raise Trouble(503, "too many searches at a time", Retry_After="3") from None
+    counted["searches_total"] += 1
+    try:
+        return await backwards(gen, min(before, gen.size), child, limit)
+    finally:
+        search_places.release()
+
+
+async def backwards(gen: Generation, before: int, child: Child, limit: int) -> dict[str, Any]:
+    """Growing pieces, from the end to the beginning, for 3 s and 256 MiB at most."""
+    begun, size = time.monotonic(), gen.size
+    top = at = await apart(line_before, gen, before, size)
+    lowest, piece = max(0, top - 256 * MIB), MIB
+    found, searched = list[Stretch](), list[Stretch]()
+    while at > lowest and len(found) < limit:
+        start = await apart(line_before, gen, max(lowest, at - piece), size)
         try:
-            async with asyncio.timeout(5), self.walks:
-                return await off_loop(work, *args)
+            async with asyncio.timeout(5.0 if at == top else begun + 3 - time.monotonic()):
+                more, fed = await search_piece(gen, start, at, size, child, limit - len(found))
         except TimeoutError:
-            raise Trouble(422, "too few lines of the log have a time") from None
+            if at == top:
+                raise Trouble(422, "the search is too expensive: simplify it") from None
+            break
+        found, searched, at, piece = more + found, fed + searched, start, piece * 4
+    matches = await apart(matches_at, gen, found)
+    at = matches[0]["start"] if len(found) >= limit or len(matches) < len(found) else at
+    edges = [at, *(offset for stretch in searched for offset in stretch if stretch[1] > at), top]
+    skipped = [[start, end] for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+    answer = {"matches": matches, "scanned": [at, top], "size": size}
+    return answer | ({"skipped": skipped} if skipped else {})
 
-    async def search(self, gen: Generation, query: dict[str, str]) -> dict[str, Any]:
-        """Trouble, when it cannot be done or takes too long."""
-        terms = await self.run(terms_of, query.get("q", ""))
-        limit = natural(query, "limit", 200, 1, 1000)
-        before = natural(query, "before", gen.size, 0, 1 << 62)
-        child = child_for(terms, query.get("case") == "1")
-        try:
-            await asyncio.wait_for(self.places.acquire(), 3)
-        except TimeoutError:
-            raise Trouble(503, "too many searches at a time", Retry_After="3") from None
-        counted["searches_total"] += 1
-        try:
-            return await self.backwards(gen, min(before, gen.size), child, limit)
-        finally:
-            self.places.release()
 
-    async def backwards(self, gen: Generation, before: int, child: Child, limit: int) -> dict[str, Any]:
-        """Growing pieces, from the end to the beginning, for 3 s and 256 MiB at most."""
-        begun, size = time.monotonic(), gen.size
-        top = at = await self.run(line_before, gen, before, size)
-        lowest, piece = max(0, top - 256 * MIB), MIB
-        found: list[tuple[int, int]] = []
-        skipped: list[tuple[int, int]] = []
-        while at > lowest and len(found) < limit:
-            start = await self.run(line_before, gen, max(lowest, at - piece), size)
-            left = 5.0 if at == top else begun + 3 - time.monotonic()
-            try:
-                async with asyncio.timeout(left):
-                    matches, unsearched = await self.piece(gen, start, at, size, child, limit - len(found))
-            except TimeoutError:
-                if at == top:
-                    raise Trouble(422, "the search is too expensive: simplify it") from None
-                break
-            found, skipped, at, piece = matches + found, unsearched + skipped, start, piece * 4
-        matches = await self.run(matches_at, gen, found)
-        at = matches[0]["start"] if len(found) >= limit or len(matches) < len(found) else at
-        answer = {"matches": matches, "scanned": [at, top], "size": size}
-        skipped = [stretch for stretch in joined(skipped) if stretch[1] > at]
-        return answer | ({"skipped": skipped} if skipped else {})
-
-    async def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
-
-    async def piece(
-        self, gen: Generation, start: int, end: int, size: int, child: Child, most: int
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The last matches between two offsets, and what was not searched there."""
-        pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-        try:
-            process = subprocess.Popen(child.command, stdin=pipe, stdout=pipe, stderr=quiet, env={"LC_ALL": "C.UTF-8"})
-        except OSError as error:
-            raise Trouble(503, f"no search can be started: {error.strerror}") from None
-        limit_child(process.pid)
-        # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
-        feeding = self.run(feed_child, gen, start, end, size, child.mend, process.stdin)
-        threads = [asyncio.ensure_future(work) for work in (feeding, self.run(collect, process.stdout, most))]
-        try:
-            await asyncio.wait(threads)
-        except asyncio.CancelledError:
-            process.kill()
-            await asyncio.wait(threads)
-            raise
-        finally:
-            process.wait()
-        if process.returncode not in (0, 1):  # 2: the limits of PCRE; -9, -24: ours
-            raise Trouble(422, "the search is too expensive: simplify it")
-        fed, skipped = threads[0].result()
-        return [place_of(fed, offset, length, end) for offset, length in threads[1].result()], skipped
+async def search_piece(
+    gen: Generation, start: int, end: int, size: int, child: Child, most: int
+) -> tuple[list[Stretch], list[Stretch]]:
+    """The last matches between two offsets, and the stretches that were searched."""
+    command, mend = child
+    process = start_child(command)
+    # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
+    feeding = apart(feed_child, whole_lines(gen, start, end, size), mend, process.stdin)
+    threads: list[asyncio.Future[Any]] = [feeding, apart(collect, process.stdout, most)]
+    try:
+        await asyncio.wait(threads)
+    except asyncio.CancelledError:
+        process.kill()
+        await asyncio.wait(threads)
+        raise
+    finally:
+        process.wait()
+    if process.returncode not in (0, 1):  # 2: the limits of PCRE; -9, -24: ours
+        raise Trouble(422, "the search is too expensive: simplify it")
+    fed, found = feeding.result(), []
+    offsets = list(itertools.accumulate((until - at for at, until in fed), initial=0))
+    for offset, length in threads[1].result():
+        number = bisect.bisect(offsets, offset) - 1
+        at = fed[number][0] + offset - offsets[number]
+        found.append((at, min(at + length, end)))
+    return found, fed
 
 
 @functools.cache
@@ -1254,30 +1242,30 @@ def has_pcre() -> bool:
     return False
 
 
-class Child(NamedTuple):
-    """A process that prints matching lines with their offsets, and how it wants them."""
-
-    command: list[str]
-    mend: bool  # with characters in place of bytes that are none
-
-
 def child_for(terms: list[Term], case: bool) -> Child:
     """Trouble where there is none for a query."""
     if has_pcre():
-        path = shutil.which("grep") or "grep"
-        plain = "" if len(terms) > 1 or terms[0].exclude else terms[0].plain or ""
-        mend = not plain or "\ufffd" in plain  # else it can only be found between such bytes, as grep does
-        return Child([path, "-abP" if case else "-abPi", "-e", expression(terms)], mend)
+        first, alone = terms[0], len(terms) == 1 and not terms[0].exclude
+        every = "^" + "".join(f"(?{'!' if exclude else '='}.*(?:{pattern}))" for exclude, _, pattern in terms)
+        mend = not (alone and first.plain) or "\ufffd" in first.plain  # else it can only be found between such bytes
+        return ["grep", "-abP" if case else "-abPi", "-e", first.pattern if alone else every], mend
     if any(term.plain is None for term in terms):
         raise Trouble(501, "regular expressions need GNU grep with -P on this server; plain text does not")
-    return Child([sys.executable, "-I", "-c", PLAIN_SEARCH, json.dumps([case, *(term[:2] for term in terms)])], True)
+    return [sys.executable, "-I", "-c", PLAIN_SEARCH, json.dumps([case, *(term[:2] for term in terms)])], True
 
 
-def limit_child(pid: int) -> None:
-    """So that it ends even if we do not live to end it."""
+def start_child(command: list[str]) -> subprocess.Popen[bytes]:
+    """With limits, so that it ends even if we do not live to end it."""
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    environment = {"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)}
+    try:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, env=environment)
+    except OSError as error:
+        raise Trouble(503, f"no search can be started: {error.strerror}") from None
     with contextlib.suppress(OSError, ValueError):
-        resource.prlimit(pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
-        resource.prlimit(pid, resource.RLIMIT_CPU, (10, 10))
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
+        resource.prlimit(process.pid, resource.RLIMIT_CPU, (10, 10))
+    return process
 
 
 def line_before(gen: Generation, offset: int, size: int) -> int:
@@ -1290,29 +1278,15 @@ def line_before(gen: Generation, offset: int, size: int) -> int:
     return offset
 
 
-def feed_child(
-    gen: Generation, start: int, end: int, size: int, mend: bool, pipe: IO[bytes]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """In a thread: whole lines to the child. -> where in the log each fed stretch began, and what was left out."""
-    fed, places, skipped = 0, [(0, start)], []
-    with contextlib.suppress(OSError, AttributeError):
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)
-    with contextlib.suppress(BrokenPipeError), pipe:
-        at = start
-        while at < end:
-            data = gen.read(at, min(end, at + MIB + 1))
-            whole = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
-            if at == start > 0 and os.pread(gen.fd, 1, start - 1) != b"\n":
-                whole = 0
-            if whole:
-                pipe.write(same_length(data[:whole]) if mend else data[:whole])
-                fed, at = fed + whole, at + whole
-            else:
-                after = min(end, end_of_line(gen, at, end))
-                skipped.append((at, after))
-                at = after
-                places.append((fed, at))
-    return places, skipped
+def whole_lines(gen: Generation, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Where they begin, and many at a time; without those over 1 MiB, and holes."""
+    at = end_of_line(gen, start - 1, end) if start else 0
+    while at < end:
+        data = gen.read(at, min(end, at + MIB + 1))
+        whole = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
+        if whole:
+            yield at, data[:whole]
+        at = at + whole if whole else end_of_line(gen, at, end)
 
 
 def end_of_line(gen: Generation, at: int, end: int) -> int:
@@ -1320,11 +1294,23 @@ def end_of_line(gen: Generation, at: int, end: int) -> int:
     while at < end:
         data = gen.read(at, min(end, at + MIB))
         if not data:
-            return gen.after_hole(at) or end
+            return min(end, gen.after_hole(at) or end)
         if cut := data.find(b"\n") + 1:
             return at + cut
         at += len(data)
     return end
+
+
+def feed_child(lines: Iterator[tuple[int, bytes]], mend: bool, pipe: IO[bytes]) -> list[Stretch]:
+    """In a thread: the lines to the child. -> which stretches of the log it got"""
+    with contextlib.suppress(OSError, AttributeError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)
+    fed = []
+    with contextlib.suppress(BrokenPipeError), pipe:
+        for at, data in lines:
+            pipe.write(same_length(data) if mend else data)
+            fed.append((at, at + len(data)))
+    return fed
 
 
 def same_length(data: bytes) -> bytes:
@@ -1346,74 +1332,42 @@ def stand_in(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("audit_stream.stand_in", stand_in)
 
 
-def collect(pipe: IO[bytes], most: int) -> collections.deque[list[int]]:
+def collect(pipe: IO[bytes], most: int) -> collections.deque[Stretch]:
     """In a thread: offset and length of the last matches."""
-    found: collections.deque[list[int]] = collections.deque(maxlen=most)
-    fresh = True
     with pipe:
-        while part := pipe.readline(64 * KIB):
-            if fresh:
-                offset, _, part = part.partition(b":")
-                found.append([int(offset), 0])
-            found[-1][1] += len(part)
-            fresh = part.endswith(b"\n")
-    return found
+        matches = (line.partition(b":") for line in pipe)  # at most 1 MiB, as they were fed
+        return collections.deque(((int(offset), len(line)) for offset, _, line in matches), most)
 
 
-def place_of(fed: list[tuple[int, int]], offset: int, length: int, end: int) -> tuple[int, int]:
-    """Start and end of a match in the log."""
-    before, begin = fed[bisect.bisect_right(fed, (offset, sys.maxsize)) - 1]
-    start = begin + offset - before
-    return start, min(start + length, end)
-
-
-def matches_at(gen: Generation, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """The last of these matches, 1 MiB of text or little more."""
-    matches: collections.deque[dict[str, Any]] = collections.deque()
-    size = 0
+def matches_at(gen: Generation, places: list[Stretch]) -> list[dict[str, Any]]:
+    """The last of these matches, 1 MiB of text or little more, each with its first 16 KiB."""
+    matches: list[dict[str, Any]] = []
+    left, most = MIB, 16 * KIB
     for start, end in reversed(places):
-        if size < MIB:
-            matches.appendleft(match_at(gen, start, end))
-            size += min(end - start, 16 * KIB)
-    return list(matches)
-
-
-def match_at(gen: Generation, start: int, end: int) -> dict[str, Any]:
-    text = os.pread(gen.fd, min(end - start, 16 * KIB + 1), start).removesuffix(b"\n")[: 16 * KIB]
-    cut = whole_characters(text) if end - start > 16 * KIB else len(text)
-    return {"start": start, "end": end, "text": text[:cut].decode(errors="replace")}
-
-
-def joined(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours as one."""
-    result: list[tuple[int, int]] = []
-    for start, end in stretches:
-        if result and result[-1][1] == start:
-            start = result.pop()[0]
-        result.append((start, end))
-    return result
-
-
-def time_of(line: bytes) -> float | None:
-    """The time at the beginning of a line, in seconds since 1970; without a zone it is UTC."""
-    match = STAMP.match(b"\n" + line)
-    return parse_time(match[1].decode()) if match else None
+        if left > 0:
+            text = os.pread(gen.fd, min(end - start, most + 1), start).removesuffix(b"\n")[:most]
+            cut = whole_characters(text) if end - start > most else len(text)
+            matches.append({"start": start, "end": end, "text": text[:cut].decode(errors="replace")})
+            left -= min(end - start, most)
+    return matches[::-1]
 
 
 def parse_time(text: str) -> float | None:
-    try:
-        time = datetime.datetime.fromisoformat(re.sub(r" (?=[+-])", "", text))
-        return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return None
+    """In seconds since 1970; without a zone it is UTC."""
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.datetime.fromisoformat(re.sub(r" (?=[+-])", "", text))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+    return None
 
 
 def timeline(gen: Generation, points: int, unwanted: threading.Event) -> dict[str, Any]:
-    """The times of lines that are spread evenly over the log."""
+    """The times at the beginning of lines that are spread evenly over the log."""
     size = gen.size
     wanted = (size * n // points for n in range(points) if size and not unwanted.is_set())
-    offsets = {line_before(gen, offset, size) for offset in wanted}
-    return {"size": size, "points": [[at, time_of(os.pread(gen.fd, 64, at))] for at in sorted(offsets)]}
+    offsets = sorted({line_before(gen, offset, size) for offset in wanted})
+    stamps = (STAMP.match(b"\n" + os.pread(gen.fd, 64, at)) for at in offsets)
+    times = (parse_time(stamp[1].decode()) if stamp else None for stamp in stamps)
+    return {"size": size, "points": list(zip(offsets, times, strict=True))}
 
 
 def seek(gen: Generation, wanted: float, unwanted: threading.Event) -> dict[str, Any]:
@@ -1433,8 +1387,7 @@ def seek(gen: Generation, wanted: float, unwanted: threading.Event) -> dict[str,
 
 def timed_lines(gen: Generation, start: int, end: int, unwanted: threading.Event) -> Iterator[tuple[int, float]]:
     """Offset and time of the lines that begin from start to end."""
-    whole = start == 0 or os.pread(gen.fd, 1, start - 1) == b"\n"
-    at = start if whole else end_of_line(gen, start, end)
+    at = end_of_line(gen, start - 1, end) if start else 0
     while at < end and not unwanted.is_set():
         data = gen.read(at, at + 64 * KIB)
         for stamp in STAMP.finditer(b"\n" + data):
@@ -1455,25 +1408,29 @@ class Trouble(Exception):
         self.status, self.headers = status, headers
 
 
-def answer(status: int, body: bytes, kind: str, headers: dict[str, str]) -> Response:
+def answer(status: int, body: bytes, kind: str, **headers: str) -> Response:
     fixed = {
         "Date": email.utils.formatdate(usegmt=True),
         "Content-Type": kind,
         "Content-Length": str(len(body)),
         "Connection": "close",
         "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
     }
-    return Response(status, http.HTTPStatus(status).phrase, Headers(fixed | headers), body)
+    more = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(status, http.HTTPStatus(status).phrase, Headers(fixed | more), body)
 
 
 def refusal(path: str, trouble: Trouble) -> Response:
-    counted[f'refused_requests_total{{status="{trouble.status}"}}'] += 1
-    headers = {name.replace("_", "-"): value for name, value in trouble.headers.items()}
-    if path == "/" and trouble.status == 401:
-        return answer(401, LOGIN, HTML, headers)
+    body, kind = json.dumps({"error": str(trouble)}).encode(), JSON
     if path in ("/", "/healthz"):
-        return answer(trouble.status, f"{trouble}\n".encode(), TEXT, headers)
-    return answer(trouble.status, json.dumps({"error": str(trouble)}).encode(), JSON, headers)
+        body, kind = f"{trouble}\n".encode(), TEXT
+    if path == "/" and trouble.status == 401:
+        body, kind = LOGIN, HTML
+    return answer(trouble.status, body, kind, **trouble.headers)
 
 
 def query_of(connection: ServerConnection) -> dict[str, str]:
@@ -1483,108 +1440,116 @@ def query_of(connection: ServerConnection) -> dict[str, str]:
     return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
 
 
-class Site(NamedTuple):
-    """What is served, and who may have it."""
+class Call(NamedTuple):
+    """A request, and who makes it: the client, the scheme of the page's address, and the host in it."""
 
-    log: Log
-    page: bytes
-    history: History
-    viewers: Viewers
-    doors: Doors
+    connection: Connection
+    request: Request
+    path: str
+    upgrade: bool  # to a WebSocket
+    client: str  # an IPv4 address, or the /64 of an IPv6 address
+    scheme: str
+    host: str  # in lower case; empty where it is missing or malformed
+    port: str
 
 
-async def respond(site: Site, connection: ServerConnection, request: Request) -> Response | None:
-    """Answer a request over HTTP; None lets the WebSocket handshake go on."""
-    assert isinstance(connection, Connection)
-    connection.unasked.pop(connection, None)
-    path = request.path.partition("?")[0]
-    upgrade = path == "/ws/audit" and "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
-    who = site.doors.caller(connection, request)
+async def respond(doors: Doors, viewers: Viewers, connection: ServerConnection, request: Request) -> Response:
+    """Answer a request over HTTP, or accept a WebSocket."""
+    call = doors.receive(connection, request)
+    call.connection.unasked.pop(call.connection, None)
     try:
-        response = await admit(site, connection, request, who, path, upgrade)
+        response = await admit(doors, viewers, call)
     except Trouble as trouble:
-        response = refusal(path, site.doors.recount(trouble, who) if upgrade else trouble)
+        response = refusal(call.path, trouble)
     if connection.protocol.eof_sent:  # more came than one request: the library gave up, and would fail to answer
         connection.transport.abort()
         await connection.wait_closed()
-    if response is None:
-        return None
-    if request.method == "HEAD":
+    return response if response.status_code in (101, 500, 505) else finished(doors, call, response)
+
+
+def finished(doors: Doors, call: Call, response: Response) -> Response:
+    """With what every answer needs."""
+    if call.upgrade:  # a WebSocket counts as an answer only where it is refused
+        try:
+            doors.answers.take(call.client)
+        except Trouble as too_many:
+            response = refusal(call.path, too_many) if response.status_code != 400 else response
+    if response.status_code >= 400:
+        counted[f'refused_requests_total{{status="{response.status_code}"}}'] += 1
+    if call.request.method == "HEAD":
         response.body = b""
-    return site.doors.harden(response, who)
-
-
-async def admit(
-    site: Site, connection: Connection, request: Request, who: Caller, path: str, upgrade: bool
-) -> Response | None:
-    """Through all doors, in the order that the README gives."""
-    doors = site.doors
-    check_form(request)
-    if not upgrade:  # a WebSocket counts as an answer only where it is refused
-        doors.count(who)
-    doors.check_host(who)
-    credential = doors.check_token(path, request, who)
-    if request.method not in ("GET", "HEAD"):
-        raise Trouble(405, "only GET and HEAD are answered", Allow="GET, HEAD")
-    doors.check_origin(path, request, who)
-    if path == "/ws/audit":
-        if not upgrade:
-            raise Trouble(426, "this address speaks WebSocket", Upgrade="websocket")
-        doors.seat(connection)
-        return None
-    if path == "/" and credential == "address":
-        return answer(303, b"", TEXT, {"Location": "./", "Set-Cookie": doors.cookie(who)})
-    response = await route(site, path, connection, request.headers)
-    if path == "/" and credential == "header":
-        response.headers["Set-Cookie"] = doors.cookie(who)
+    response.headers.update(doors.policy(call))
     return response
 
 
-def check_form(request: Request) -> None:
+async def admit(doors: Doors, viewers: Viewers, call: Call) -> Response:
+    """Through all doors, in the order that the README gives."""
+    check_form(call)
+    if not call.upgrade:
+        doors.answers.take(call.client)
+    doors.check_host(call)
+    credential = doors.check_token(call)
+    if call.request.method not in ("GET", "HEAD"):
+        raise Trouble(405, "only GET and HEAD are answered", Allow="GET, HEAD")
+    doors.check_origin(call)
+    if call.upgrade:
+        return doors.seat(call)
+    if call.path != "/" or credential not in ("header", "address"):
+        return await route(doors, viewers, call)
+    response = answer(303, b"", TEXT, Location="./") if credential == "address" else answer(200, doors.page, HTML)
+    secure = "; Secure" if call.scheme == "https" else ""
+    response.headers["Set-Cookie"] = f"{doors.cookie(call)}; HttpOnly; SameSite=Lax; Path=/{secure}"
+    return response
+
+
+def check_form(call: Call) -> None:
     """Refuse what can be read in two ways (RFC 9110, section 5.3; RFC 9112, section 3.2)."""
     for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
-        if len(request.headers.get_all(name)) > 1:
+        if len(call.request.headers.get_all(name)) > 1:
             raise Trouble(400, f"{name} is there twice")
-    host = HOST.fullmatch(request.headers.get("Host", ""))
-    if not host or int(host[1] or 0) > 65535:
+    if not call.host:
         raise Trouble(400, "Host is missing or malformed")
 
 
-async def route(site: Site, path: str, connection: ServerConnection, headers: Headers) -> Response:
-    log = site.log
-    if path == "/":
-        return answer(200, site.page, HTML, {})
-    if path == "/metrics":
-        return answer(200, metrics(site).encode(), "text/plain; version=0.0.4; charset=utf-8", {})
-    if path == "/healthz":
-        if log.state != "ok":
-            raise Trouble(503, f"the log is {log.state}: {log.detail}")
-        return answer(200, b"ok\n", TEXT, {})
-    if path in ("/api/audit", "/api/search", "/api/timeline", "/api/seek"):
-        return await history(site, path, connection, headers)
-    raise Trouble(404, "there is nothing here")
+async def route(doors: Doors, viewers: Viewers, call: Call) -> Response:
+    log = viewers.log
+    if call.path == "/":
+        return answer(200, doors.page, HTML)
+    if call.path == "/metrics":
+        return answer(200, metrics(viewers).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    if call.path == "/ws/audit":
+        raise Trouble(426, "this address speaks WebSocket", Upgrade="websocket")
+    if call.path not in ("/healthz", "/api/audit", "/api/search", "/api/timeline", "/api/seek"):
+        raise Trouble(404, "there is nothing here")
+    if log.state != "ok":
+        raise Trouble(503, f"the log is {log.state}: {log.detail}")
+    return answer(200, b"ok\n", TEXT) if call.path == "/healthz" else await history(log.gen, call)
 
 
-async def history(site: Site, path: str, connection: ServerConnection, headers: Headers) -> Response:
-    """The log as it is, by range, search or time; Trouble when it is not there, or another one."""
-    gen, query = site.log.gen, query_of(connection)
-    if site.log.state != "ok":
-        raise Trouble(503, f"the log is {site.log.state}")
+async def history(gen: Generation, call: Call) -> Response:
+    """The log as it is, by range, search or time, unless it is another one by now."""
     etag = f'"{gen.name}"'
     try:
-        if not {"*", etag} & {tag.strip() for tag in headers.get("If-Match", "*").split(",")}:
+        if not {"*", etag} & {tag.strip() for tag in call.request.headers.get("If-Match", "*").split(",")}:
             raise Trouble(412, "the log is another one by now")
-        if path == "/api/audit":
-            response = await excerpt(gen, headers.get("Range", ""))
+        if call.path == "/api/audit":
+            response = await excerpt(gen, call.request.headers.get("Range", ""))
         else:
-            ask = {"search": site.history.search, "timeline": site.history.timeline, "seek": site.history.seek}
-            found = await while_connected(connection, ask[path.removeprefix("/api/")](gen, query))
-            response = answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON, {})
+            found = await while_connected(call.connection, question(gen, call))
+            response = answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON)
     except Trouble as trouble:
-        trouble.headers["ETag"] = etag
-        raise
+        response = refusal(call.path, trouble)
     response.headers["ETag"] = etag
     return response
+
+
+def question(gen: Generation, call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
+    query = query_of(call.connection)
+    if call.path == "/api/search":
+        return search(gen, query)
+    if call.path == "/api/timeline":
+        return walk(timeline, gen, natural(query, "points", 200, 1, 2000))
+    return walk(seek, gen, wanted_time(query))
 
 
 async def while_connected(connection: ServerConnection, work: Coroutine[Any, Any, T]) -> T:
@@ -1618,16 +1583,19 @@ def natural(query: dict[str, str], name: str, default: int, low: int, high: int)
 
 
 async def excerpt(gen: Generation, wanted: str) -> Response:
-    """The latest whole lines, or the range that is wanted (RFC 9110, section 14)."""
-    size = gen.size
-    headers = {"Accept-Ranges": "bytes"}
+    """The latest whole lines, or the range that is wanted, at most 1 MiB of it (RFC 9110, section 14)."""
     if not wanted.lower().startswith("bytes="):
-        return answer(200, await asyncio.to_thread(latest_lines, gen), TEXT, headers)
-    start, end = range_of(wanted, size)
+        return answer(200, await asyncio.to_thread(latest_lines, gen), TEXT, Accept_Ranges="bytes")
+    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
+    first, last = match.groups() if match else ("", "")
+    size = gen.size
+    start = int(first) if first else max(0, size - int(last or 0))
+    end = min(int(last) + 1, size) if first and last else size
     if start >= end:
-        raise Trouble(416, "there is no such range", Content_Range=f"bytes */{size}", Accept_Ranges="bytes")
-    body = await asyncio.to_thread(os.pread, gen.fd, end - start, start)
-    return answer(206, body, TEXT, headers | {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{size}"})
+        raise Trouble(416, "there is no such range", Accept_Ranges="bytes", Content_Range=f"bytes */{size}")
+    body = await asyncio.to_thread(os.pread, gen.fd, min(end - start, MIB), start)
+    content = f"bytes {start}-{start + len(body) - 1}/{size}"
+    return answer(206, body, TEXT, Accept_Ranges="bytes", Content_Range=content)
 
 
 def latest_lines(gen: Generation) -> bytes:
@@ -1636,56 +1604,30 @@ def latest_lines(gen: Generation) -> bytes:
     return os.pread(gen.fd, end - start, start)
 
 
-def range_of(wanted: str, size: int) -> tuple[int, int]:
-    """Start and end of one byte range, at most 1 MiB; an empty one for what cannot be."""
-    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
-    first, last = match.groups() if match else ("", "")
-    if first:
-        start, end = int(first), min(int(last) + 1, size) if last else size
-    elif last:
-        start, end = max(0, size - int(last)), size
-    else:
-        return 0, 0
-    return start, min(end, start + MIB)
-
-
-async def complete(
-    site: Site, connection: ServerConnection, request: Request, response: Response
-) -> Response | None:
-    """What the library refuses by itself gets the form of our errors."""
-    if response.status_code not in (400, 403, 405, 426) or "Cache-Control" in response.headers:
-        return None
-    words = bytes(response.body).decode().strip().partition("\n")[0]
-    kept = {name: response.headers[name] for name in ("Upgrade", "Sec-WebSocket-Version") if name in response.headers}
-    assert isinstance(connection, Connection)
-    connection.viewers.discard(connection)
-    who = site.doors.caller(connection, request)
-    trouble = site.doors.recount(Trouble(response.status_code, words, **kept), who)
-    return site.doors.harden(refusal("/ws/audit", trouble), who)
-
-
-def metrics(site: Site) -> str:
+def metrics(viewers: Viewers) -> str:
     """The text format of Prometheus."""
-    live = len(site.viewers.live)
+    live, gen = len(viewers.live), viewers.log.gen
     now = {
         'viewers{state="live"}': live,
         'viewers{state="catching_up"}': len(Connection.viewers) - live,
-        "behind_bytes": max(0, site.log.gen.size - site.log.gen.end),
+        "behind_bytes": max(0, gen.size - gen.end),
         "start_time_seconds": STARTED,
         f'build_info{{version="{VERSION}",websockets="{websockets.version.version}"}}': 1,
     }
-    values = sorted({**now, **counted}.items())
-    names = dict.fromkeys(name.partition("{")[0] for name, _ in values)
-    lines = []
-    for family in names:
+    lines, values = [], sorted({**now, **counted}.items())
+    for family, samples in itertools.groupby(values, lambda value: value[0].partition("{")[0]):
         lines.append(f"# TYPE audit_stream_{family} {'counter' if family.endswith('_total') else 'gauge'}")
-        lines += [f"audit_stream_{name} {value}" for name, value in values if name.partition("{")[0] == family]
+        lines += [f"audit_stream_{name} {value}" for name, value in samples]
     return "\n".join(lines) + "\n"
 
 
 # The doors
 
-HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
+HOST = re.compile(r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
+POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; worker-src blob:; child-src blob:; connect-src 'self' {socket}"
+)  # Safari: child-src is worker-src before 15.5, and 'self' is no WebSocket before 15.4
 LOGIN = b"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -1722,34 +1664,23 @@ document.forms[0].onsubmit = async function (event) {
 """
 
 
-class Caller(NamedTuple):
-    """Who asks: the client's address, the scheme of the page's address, and the host in it."""
-
-    address: str
-    scheme: str
-    host: str
-
-    @property
-    def port(self) -> str:
-        found = HOST.fullmatch(self.host)
-        return (found and found[1]) or ("443" if self.scheme == "https" else "80")
-
-
 class Buckets:
-    """A token bucket for each of the last 10,000 addresses: so many a minute, and as many at once."""
+    """A token bucket for each of the last 10,000 clients: so many a minute, and as many at once; 0 is no limit."""
 
     def __init__(self, a_minute: int) -> None:
         self.size = a_minute
-        self.levels: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()
+        self.levels: dict[str, tuple[float, float]] = {}
 
-    def take(self, address: str) -> None:
+    def take(self, client: str) -> None:
         """Trouble 429 when there is none left."""
+        if not self.size:
+            return
         now = time.monotonic()
-        level, then = self.levels.pop(address, (self.size, now))
+        level, then = self.levels.pop(client, (self.size, now))
         level = min(self.size, level + (now - then) * self.size / 60)
-        self.levels[address] = max(0.0, level - 1) if level >= 1 else level, now
+        self.levels[client] = level - 1 if level >= 1 else level, now
         if len(self.levels) > 10_000:
-            self.levels.popitem(last=False)
+            del self.levels[next(iter(self.levels))]
         if level < 1:
             raise Trouble(429, "too many requests", Retry_After=str(math.ceil((1 - level) * 60 / self.size)))
 
@@ -1757,159 +1688,112 @@ class Buckets:
 class Doors:
     """Who may come in, by token, Host and Origin, and how often."""
 
-    def __init__(self, options: argparse.Namespace, token: bytes) -> None:
-        self.options, self.token = options, token  # no token: open
-        self.tls = bool(options.tls_cert)
+    def __init__(self, options: argparse.Namespace, token: bytes, page: bytes) -> None:
+        self.options, self.page, self.token = options, page, token  # no token: open
+        self.tls = tls_context(options) if options.tls_cert else None
         self.answers, self.guesses = Buckets(options.rate_limit), Buckets(10)
-        self.names = {"localhost", socket.gethostname().lower(), options.host.lower()} | set(options.allow_host)
-        self.hashes: dict[str, str] = {}
+        self.names = {"localhost", socket.gethostname().lower(), options.host.lower(), *options.allow_host}
+        self.hashes = {kind: hashes(kind.encode(), page + LOGIN) for kind in ("script", "style")}
 
-    def caller(self, connection: Connection, request: Request) -> Caller:
+    def receive(self, connection: ServerConnection, request: Request) -> Call:
         """The last proxy's word counts where it is trusted."""
-        address = plain_address((connection.remote_address or ("",))[0])
+        assert isinstance(connection, Connection)
+        address = ip((connection.remote_address or ("",))[0])
         scheme = "https" if self.tls else "http"
         trusted = self.options.trust_proxy
-        if trusted and (is_loopback(address) if trusted == "loopback" else address == trusted):
-            forwarded = last_of(request, "X-Forwarded-For")
-            address = plain_address(forwarded) if is_address(forwarded) else address
+        if address and (address.is_loopback if trusted == "loopback" else str(address) == trusted):
+            address = ip(last_of(request, "X-Forwarded-For")) or address
             said = last_of(request, "X-Forwarded-Proto").lower()
             scheme = said if said in ("http", "https") else scheme
-        return Caller(address, scheme, (request.headers.get_all("Host") or [""])[0].lower())
+        client = ipaddress.ip_network((address, 64), strict=False) if address and address.version == 6 else address
+        path = request.path.partition("?")[0]
+        upgrade = path == "/ws/audit" and "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
+        host = ",".join(request.headers.get_all("Host")).lower()
+        match = HOST.fullmatch(host)
+        port = match and match[1] or ("443" if scheme == "https" else "80")
+        host = host if match and int(port) <= 65535 else ""
+        return Call(connection, request, path, upgrade, str(client), scheme, host, port)
 
-    def count(self, who: Caller) -> None:
-        if self.options.rate_limit:
-            self.answers.take(network(who.address))
-
-    def recount(self, trouble: Trouble, who: Caller) -> Trouble:
-        """A refused WebSocket is an answer, too."""
-        try:
-            self.count(who)
-        except Trouble as too_many:
-            return too_many if trouble.status != 400 else trouble
-        return trouble
-
-    def check_host(self, who: Caller) -> None:
+    def check_host(self, call: Call) -> None:
         """An open server answers under names that no other site can point at it (DNS rebinding)."""
-        name = who.host.removesuffix(f":{who.port}").strip("[]")
-        if not self.token and not is_address(name) and name not in self.names:
+        name = call.host.removesuffix(f":{call.port}").strip("[]")
+        if not self.token and not ip(name) and name not in self.names:
             raise Trouble(403, "this server is not open under that name; see --allow-host")
 
-    def check_token(self, path: str, request: Request, who: Caller) -> str:
+    def check_token(self, call: Call) -> str:
         """Where the right token was: "header", "address", "cookie", or "" where none is needed."""
-        if not self.token or path == "/healthz":
+        if not self.token or call.path == "/healthz":
             return ""
-        scheme, _, bearer = request.headers.get("Authorization", "").strip().partition(" ")
-        offered = {"header": [bearer.strip().encode("latin-1")] if scheme.lower() == "bearer" else []}
-        if path in ("/", "/ws/audit"):
-            offered["address"] = tokens_in(request.path.partition("?")[2])
-        for place, tokens in offered.items():
-            if any(hmac.compare_digest(token, self.token) for token in tokens):
+        scheme, _, bearer = call.request.headers.get("Authorization", "").strip().partition(" ")
+        offered = [("header", bearer.strip().encode("latin-1"))] if scheme.lower() == "bearer" else []
+        if call.path in ("/", "/ws/audit"):
+            offered += [("address", token) for token in tokens_in(call.request.path.partition("?")[2])]
+        for place, token in offered:
+            if hmac.compare_digest(token, self.token):
                 return place
-        ours = self.cookie_name(who), self.cookie_value().encode()
-        if any(name == ours[0] and hmac.compare_digest(value, ours[1]) for name, value in cookies_of(request)):
+        ours = self.cookie(call).encode()
+        cookies = ";".join(call.request.headers.get_all("Cookie")).encode("latin-1").split(b";")
+        if any(hmac.compare_digest(cookie.strip(), ours) for cookie in cookies):
             return "cookie"
-        if any(offered.values()):
-            self.guesses.take(network(who.address))
+        if offered:
+            self.guesses.take(call.client)
         raise Trouble(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
 
-    def cookie_name(self, who: Caller) -> str:
-        return f"audit_stream_{who.port}"
+    def cookie(self, call: Call) -> str:
+        return f"audit_stream_{call.port}={hmac.new(self.token, b'audit_stream', 'sha256').hexdigest()}"
 
-    def cookie_value(self) -> str:
-        return hmac.new(self.token, b"audit_stream", "sha256").hexdigest()
-
-    def cookie(self, who: Caller) -> str:
-        secure = "; Secure" if who.scheme == "https" else ""
-        return f"{self.cookie_name(who)}={self.cookie_value()}; HttpOnly; SameSite=Lax; Path=/{secure}"
-
-    def check_origin(self, path: str, request: Request, who: Caller) -> None:
+    def check_origin(self, call: Call) -> None:
         """No other site's page opens the WebSocket, or makes a browser fetch anything but the page."""
-        if path == "/ws/audit":
-            own = f"{who.scheme}://{who.host}"
-            if origin_of(request.headers.get("Origin", own)) not in (origin_of(own), *self.options.allow_origin):
+        if call.path == "/ws/audit":
+            own = f"{call.scheme}://{call.host}"
+            if origin_of(call.request.headers.get("Origin", own)) not in (origin_of(own), *self.options.allow_origin):
                 raise Trouble(403, "a page of another origin may not open this; see --allow-origin")
-        elif path != "/" and "cross-site" in request.headers.get_all("Sec-Fetch-Site"):
+        elif call.path != "/" and "cross-site" in call.request.headers.get_all("Sec-Fetch-Site"):
             raise Trouble(403, "a page of another site may not have this")
 
-    def seat(self, connection: Connection) -> None:
-        if len(connection.viewers) >= self.options.max_viewers:
+    def seat(self, call: Call) -> Response:
+        """The library's answer to a handshake; what it refuses is Trouble like ours."""
+        if len(call.connection.viewers) >= self.options.max_viewers:
             raise Trouble(503, "all places are taken", Retry_After="5")
-        connection.viewers.add(connection)
-
-    def harden(self, response: Response, who: Caller) -> Response:
-        """What browsers must know of every answer, each once."""
-        socket_address = f"{who.scheme.replace('http', 'ws')}://{who.host}" if HOST.fullmatch(who.host) else ""
-        policy = {
-            "default-src": "'none'",
-            "script-src": self.hashes["script"],
-            "style-src": self.hashes["style"],
-            "worker-src": "blob:",
-            "child-src": "blob:",  # Safari before 15.5: the same
-            "img-src": "data:",
-            "connect-src": f"'self' {socket_address}".strip(),  # Safari before 15.4: 'self' is no WebSocket
-            "base-uri": "'none'",
-            "form-action": "'none'",
-            "frame-ancestors": "'none'",
-        }
-        fixed = {
-            "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Opener-Policy": "same-origin",
-            "Cross-Origin-Resource-Policy": "same-origin",
-        } | ({"Strict-Transport-Security": "max-age=31536000"} if self.tls else {})
-        for name, value in fixed.items():
-            response.headers[name] = value
+        response = call.connection.protocol.accept(call.request)
+        if response.status_code in (400, 403, 405, 426):
+            sentence = bytes(response.body).decode().partition("\n")[0]
+            kept = {name: response.headers[name] for name in ("Allow", "Upgrade") if name in response.headers}
+            raise Trouble(response.status_code, sentence, **kept)
+        if response.status_code == 101:
+            call.connection.viewers.add(call.connection)
         return response
 
-    def hash_pages(self, *pages: bytes) -> None:
-        """The hashes of the scripts and styles that may run (CSP 3, section 6.7)."""
-        for kind in ("script", "style"):
-            texts = re.findall(rb"<%b>(.*?)</%b>" % ((kind.encode(),) * 2), b"".join(pages), re.DOTALL)
-            digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
-            self.hashes[kind] = " ".join(f"'sha256-{digest}'" for digest in digests)
+    def policy(self, call: Call) -> dict[str, str]:
+        """What browsers may do with an answer."""
+        address = f"{call.scheme.replace('http', 'ws')}://{call.host}" if call.host else ""
+        policy = {"Content-Security-Policy": POLICY.format(**self.hashes, socket=address).strip()}
+        return policy | ({"Strict-Transport-Security": "max-age=31536000"} if self.tls else {})
+
+
+def hashes(kind: bytes, pages: bytes) -> str:
+    """Of the scripts or styles that may run (CSP 3, section 6.7)."""
+    texts = re.findall(rb"<%b>(.*?)</%b>" % (kind, kind), pages, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
 def last_of(request: Request, name: str) -> str:
     return ",".join(request.headers.get_all(name)).rpartition(",")[2].strip()
 
 
-def is_address(text: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(text))
-    except ValueError:
-        return False
-
-
-def plain_address(text: str) -> str:
-    """Without a scope, and IPv4 as such (RFC 4291, section 2.5.5.2)."""
-    text = text.partition("%")[0]
-    if is_address(text):
-        address = ipaddress.ip_address(text)
-        text = str(getattr(address, "ipv4_mapped", None) or address)
-    return text
-
-
-def is_loopback(text: str) -> bool:
-    return is_address(text) and ipaddress.ip_address(text).is_loopback
-
-
-def network(address: str) -> str:
-    """One client: an IPv4 address, or a /64 of IPv6."""
-    return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
+def ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Without a scope, and IPv4 as such (RFC 4291, section 2.5.5.2); None for what is no address."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(text.partition("%")[0])
+        return getattr(address, "ipv4_mapped", None) or address
+    return None
 
 
 def tokens_in(query: str) -> list[bytes]:
     """The values of ?token=; a plus sign is one, or a space."""
-    values = [pair.removeprefix("token=") for pair in query.split("&") if pair.startswith("token=")]
-    return [urllib.parse.unquote_to_bytes(text) for value in values for text in (value, value.replace("+", " "))]
-
-
-def cookies_of(request: Request) -> Iterator[tuple[str, bytes]]:
-    """Name and value of each cookie; what a foreign one contains spoils nothing."""
-    for pair in ";".join(request.headers.get_all("Cookie")).split(";"):
-        name, _, value = pair.partition("=")
-        yield name.strip(), value.strip().encode("latin-1")
+    ways = (urllib.parse.parse_qs(text, True, encoding="latin-1") for text in (query, query.replace("+", "%2B")))
+    return [token.encode("latin-1") for parameters in ways for token in parameters.get("token", [])]
 
 
 def origin_of(text: str) -> str:
@@ -1920,14 +1804,13 @@ def origin_of(text: str) -> str:
 
 def read_token(options: argparse.Namespace) -> bytes:
     """From the file, the environment or systemd's credentials; b"" where there is none; OSError for a bad one."""
-    path = options.token_file
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    if not path and "AUDIT_STREAM_TOKEN" not in os.environ and credentials:
-        path = os.path.join(credentials, "token")
-        path = path if os.path.lexists(path) else None  # one that cannot be read must not open the server
-    if options.no_auth or not path and "AUDIT_STREAM_TOKEN" not in os.environ:
+    path, token = options.token_file, os.environb.get(b"AUDIT_STREAM_TOKEN")
+    if not path and token is None and (folder := os.environ.get("CREDENTIALS_DIRECTORY")):
+        credential = os.path.join(folder, "token")
+        path = credential if os.path.lexists(credential) else None  # one that cannot be read must not open the server
+    if options.no_auth or not path and token is None:
         return b""
-    token = Path(path).read_bytes().strip() if path else os.environb[b"AUDIT_STREAM_TOKEN"].strip()
+    token = (Path(path).read_bytes() if path else token or b"").strip()
     if not token:
         raise OSError(errno.EINVAL, "the access token is empty", path or "AUDIT_STREAM_TOKEN")
     if len(token) < 16:
@@ -1974,30 +1857,28 @@ async def give_up_stuck() -> None:
     """Who takes nothing for a minute is cut off; its cursor stays good."""
     while True:
         await asyncio.sleep(5)
-        for connection in list(Connection.everyone):
-            if connection.stuck():
-                connection.transport.abort()
+        for connection in [connection for connection in Connection.everyone if connection.stuck()]:
+            connection.transport.abort()
 
 
-async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: socket.socket) -> None:
+async def run(doors: Doors, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT."""
+    options = doors.options
     log = Log(options.log, options.interval)
     await log.check()
-    site = Site(log, page, History(), Viewers(log), doors)
+    viewers = Viewers(log)
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(Complaints())
     for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
         loop.add_signal_handler(number, event.set)
-    context = tls_context(options) if doors.tls else None
     server = await serve(
-        functools.partial(watch_along, site.viewers, options.initial),
+        functools.partial(watch_along, viewers, options.initial),
         sock=listener,
-        ssl=context,
-        ssl_handshake_timeout=5 if context else None,  # seconds; who says nothing is counted only after it
+        ssl=doors.tls,
+        ssl_handshake_timeout=5 if doors.tls else None,  # seconds; who says nothing is counted only after it
         backlog=min(1024, Connection.most_unasked // 2),  # the default drops some in a storm
-        process_request=functools.partial(respond, site),
-        process_response=functools.partial(complete, site),
+        process_request=functools.partial(respond, doors, viewers),
         select_subprotocol=lambda _, offered: PROTOCOL if PROTOCOL in offered else None,
         create_connection=Connection,
         server_header=None,
@@ -2005,9 +1886,10 @@ async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: 
         max_size=KIB,
         ping_timeout=None,  # pongs wait behind data; `stuck` looks for progress instead
     )
-    say(address_to_open(options, doors, listener.getsockname()[1]))
+    with contextlib.suppress(OSError):  # wherever standard output leads, even to a full disk
+        os.write(1, f"{address_to_open(doors, listener.getsockname()[1])}\n".encode())
     notify("READY=1")
-    works = [follow(log, site.viewers), give_up_stuck(), reread(options, doors, context, reload)]
+    works = [follow(log, viewers), give_up_stuck(), reread(doors, reload)]
     if options.demo:
         works.append(demonstrate(options.log))
     try:
@@ -2024,20 +1906,18 @@ async def run(options: argparse.Namespace, doors: Doors, page: bytes, listener: 
         await close(server)
 
 
-async def reread(
-    options: argparse.Namespace, doors: Doors, context: ssl.SSLContext | None, wanted: asyncio.Event
-) -> None:
+async def reread(doors: Doors, wanted: asyncio.Event) -> None:
     """On SIGHUP the certificate and the token; what cannot be used leaves everything as it is."""
     while await wanted.wait():
         wanted.clear()
         try:
-            if context:
-                tls_context(options)  # a failure must not touch the live one
-                load_certificate(context, options)
+            if doors.tls:
+                tls_context(doors.options)  # a failure must not touch the live one
+                load_certificate(doors.tls, doors.options)
         except OSError as error:
             logger.warning("the certificate stays as it is: %s: %s", error.filename, error.strerror)
         try:
-            token = doors.token if options.generated else read_token(options)
+            token = read_token(doors.options) or doors.token  # a generated one, or a credential that is gone
         except OSError as error:
             logger.warning("the access token stays as it is: %s: %s", error.filename, error.strerror)
             continue
@@ -2073,38 +1953,29 @@ class Complaints:
             logger.warning("%s: %s", context["message"], error.strerror)
 
 
-def say(line: str) -> None:
-    """On standard output, wherever that leads, even to a full disk."""
-    with contextlib.suppress(OSError):
-        os.write(1, f"{line}\n".encode())
-
-
 def notify(state: str) -> None:
     """Tell systemd (sd_notify(3)); nothing happens without it."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+            channel.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
     """A listening socket; `::` takes IPv4 too. OSError when the address is not to be had."""
-    host, port = options.host, options.port
+    host = options.host
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, *_, address = socket.getaddrinfo(host, options.port, type=socket.SOCK_STREAM)[0]
     except UnicodeError:
         raise OSError(errno.EINVAL, "is no host name", host) from None
     both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(
-        address, family=family, backlog=1024, dualstack_ipv6=both, reuse_port=options.reuse_port
-    )
+    return socket.create_server(address, family=family, dualstack_ipv6=both, reuse_port=options.reuse_port)
 
 
-def address_to_open(options: argparse.Namespace, doors: Doors, port: int) -> str:
+def address_to_open(doors: Doors, port: int) -> str:
     """As it was given, or with this machine's name where all addresses are listened on."""
-    host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
+    host = socket.gethostname() if doors.options.host in ("0.0.0.0", "::") else doors.options.host
     host = f"[{host}]" if ":" in host else host
-    token = f"?token={doors.token.decode()}" if options.generated else ""
+    token = f"?token={doors.token.decode()}" if doors.options.generated else ""
     return f"{'https' if doors.tls else 'http'}://{host}:{port}/{token}"
 
 
@@ -2123,7 +1994,7 @@ def limit_files(options: argparse.Namespace) -> None:
 
 def append_entry(path: str, text: str) -> None:
     """Add an entry, durably, whole and on a line of its own; OSError when it is not in the log."""
-    stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    now = datetime.datetime.now(datetime.UTC)
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
     with open(fd, "r+b", buffering=0) as log:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -2131,7 +2002,7 @@ def append_entry(path: str, text: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX)
         size = os.fstat(fd).st_size
         begun = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        entry = b"\n" * begun + os.fsencode(f"[{stamp}] {text}\n")
+        entry = b"\n" * begun + os.fsencode(f"[{now:%Y-%m-%dT%H:%M:%S.%fZ}] {text}\n")
         written = 0
         try:
             while written < len(entry):
@@ -2192,9 +2063,9 @@ def origin(text: str) -> str:
 
 
 def proxy(text: str) -> str:
-    if text != "loopback" and not is_address(text):
+    if text != "loopback" and not ip(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address")
-    return plain_address(text)
+    return str(ip(text) or text)
 
 
 def parser() -> Parser:
@@ -2238,29 +2109,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def append(options: argparse.Namespace) -> None:
-    append_entry(options.log, options.append)
-
-
 def watch(options: argparse.Namespace) -> None:
     page = (Path(__file__).parent / "static" / "index.html").read_bytes()
     token = read_token(options)
-    options.generated = not token and not options.no_auth and not is_local(options.host)
+    local = options.host == "localhost" or getattr(ip(options.host), "is_loopback", False)
+    options.generated = not token and not options.no_auth and not local
     if options.generated and options.reuse_port:
         parser().error("--reuse-port needs a token that all processes know")
-    doors = Doors(options, secrets.token_urlsafe(24).encode() if options.generated else token)
-    doors.hash_pages(page, LOGIN)
+    doors = Doors(options, secrets.token_urlsafe(24).encode() if options.generated else token, page)
     limit_files(options)
-    if doors.tls:
-        tls_context(options)
     with tempfile.TemporaryDirectory() if options.demo else contextlib.nullcontext("") as folder:
         options.log = options.log or os.path.join(folder, "DEMO_AUDIT.log")
         with listen(options) as listener:
-            asyncio.run(run(options, doors, page, listener))
-
-
-def is_local(host: str) -> bool:
-    return host == "localhost" or is_loopback(host)
+            asyncio.run(run(doors, listener))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2272,7 +2133,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("websockets").setLevel(logging.ERROR)
     options = parse(argv)
     try:
-        (watch if options.append is None else append)(options)
+        if options.append is None:
+            watch(options)
+        else:
+            append_entry(options.log, options.append)
     except OSError as error:
         what = error.filename or (options.log if options.append is not None else f"{options.host}:{options.port}")
         print(f"audit_stream.py: {what}: {error.strerror or error}", file=sys.stderr)

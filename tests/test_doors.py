@@ -396,6 +396,18 @@ def test_a_token_file_that_is_lost_opens_nothing(spoil, locked, secret):
     assert status(locked) == status(locked, Authorization="Bearer ") == handshake(locked, query="?token=") == 401
 
 
+def test_a_credential_that_is_lost_opens_nothing(serve, log, secret):
+    append(log, FIRST)
+    server = serve(log, env={"CREDENTIALS_DIRECTORY": str(secret.parent)})
+    assert secret.name == "token" and status(server) == 401
+
+    secret.unlink()
+    server.process.send_signal(signal.SIGHUP)
+
+    assert [status(server, "/api/audit") for _ in range(5)] == [401] * 5
+    assert status(server, Authorization=RIGHT) == 200
+
+
 def test_the_token_is_nowhere_to_be_seen(serve, log, secret, view):
     append(log, FIRST)
     server = serve(log, "--token-file", secret, env={"PYTHONASYNCIODEBUG": "1"})
