@@ -482,7 +482,7 @@ def test_a_new_generation_begins_at_a_seam(
 ) -> None:
     old = write(log, entries("old one", "old two"))
     server = serve(log, "--interval", "0.2")
-    page, viewer = watch(server.url), view(server, json=True)
+    page, viewer = watch(server.url), view(server, json=True).wait(old[-1])
     shows(page, old)
 
     change(log)
@@ -636,7 +636,7 @@ def test_what_is_left_of_a_cut_log_can_be_read_and_searched(
 ) -> None:
     written = write(log, numbered(0, 20_000))
     server = serve(log)
-    page, viewer = watch(server.url), view(server, json=True)
+    page, viewer = watch(server.url), view(server, json=True).wait(written[-1])
     ends_with(page, written[-1])
 
     os.truncate(log, sum(len(line) + 1 for line in written[:2000]))
