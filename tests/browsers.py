@@ -48,9 +48,11 @@ KEYS = {
 
 
 COPIED = """(() => {
-    const clipboard = new DataTransfer(), options = { clipboardData: clipboard, bubbles: true, cancelable: true };
-    document.body.dispatchEvent(new ClipboardEvent("copy", options));
-    return clipboard.getData("text/plain");
+    let copied = "";
+    const event = new Event("copy", { bubbles: true, cancelable: true });
+    Object.defineProperty(event, "clipboardData", { value: { setData: (type, text) => { copied = text; } } });
+    document.body.dispatchEvent(event);
+    return copied;
 })()"""
 
 

@@ -152,7 +152,7 @@ def test_a_selection_with_the_mouse_stays_what_was_meant_while_lines_arrive(
     server, log = site
     page = watch(server.url)
     page.wait(f"{LINES}.length > 60")
-    begin, end = line_at(page, -12, 0.02), line_at(page, -2, 0.02)
+    begin, end = line_at(page, -12, 0.1), line_at(page, -2, 0.1)
     between = [(begin[0], begin[1] + (end[1] - begin[1]) * n / 10) for n in range(1, 10)]
 
     with fed(log, 50):
