@@ -246,11 +246,11 @@ def test_a_filter_without_a_match_says_so(serve: Serve, log: Path, watch: Watch)
 
     search(page, "xgboost")
 
-    page.wait("document.querySelector('#empty').innerText.includes('(no matches found)')")
+    page.wait("document.querySelector('#empty').innerText.includes('No line matches')")
     assert page.js(TEXTS) == []
     append(log, "Retrained xgboost\n")
     shows(page, ["Retrained xgboost"])
-    assert not page.js("document.body.innerText.includes('(no matches found)')")
+    assert not page.js("document.body.innerText.includes('No line matches')")
 
 
 # (query, line, does it match?)

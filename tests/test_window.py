@@ -181,7 +181,7 @@ def test_the_filter_reaches_through_the_whole_log(page: Page) -> None:
     page.wait(f"{COUNT_WORDS} === '4 matches'")
     assert page.js(TEXTS) == [entry(number) for number in NEEDLES]
     search(page, "nothing-like-that")
-    page.wait(f"{EMPTY}.includes('(no matches found)') && {COVER}.includes('whole log')")
+    page.wait(f"{EMPTY}.includes('No line matches') && {COVER}.includes('whole log')")
     click(page, "Clear")
     ends_with(page, entry(COUNT - 1))
     stretch(page)
@@ -321,7 +321,7 @@ def test_a_search_can_be_stopped_and_a_refusal_is_told(
     click(page, "Stop")
 
     page.wait(f"{COVER}.includes('search stopped')")
-    assert "(no matches found)" not in page.js(EMPTY)
+    assert "No line matches" not in page.js(EMPTY)
     page.js("(window.fetch = fetchFirst) && 1")
     click(page, "Continue")
     page.wait(f"{COVER}.includes('whole log searched')")
@@ -330,4 +330,4 @@ def test_a_search_can_be_stopped_and_a_refusal_is_told(
     page.js(f"(window.fetch = (path, more) => {answer}) && 1")
     search(page, "another")
     page.wait(f"{COVER}.includes('too expensive')")
-    assert "(no matches found)" not in page.js(EMPTY)
+    assert "No line matches" not in page.js(EMPTY)
