@@ -17,7 +17,7 @@ TOKEN = re.compile(
 )
 EXPRESSION = re.compile(r"/(?![*/])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/[a-z]*")
 BEFORE_EXPRESSION = {"(", ",", "=", ":", "[", "!", "&&", "||", "?", "{", "}", ";", "=>", "return", "==="}
-BANNER = re.compile(r"// ---- (?:\d+ )?([^:(]+?)(?:: owns ([\w, ]+?))?(?: \(pure\)[^-]*)? ----$")
+BANNER = re.compile(r"// ---- (.+?)(?:: owns ([\w, ]+))? ----$")
 CHANGES = "push|pop|shift|unshift|splice|sort|reverse|fill|set|add|delete|clear"
 
 
