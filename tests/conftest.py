@@ -22,6 +22,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
+pytest_plugins = ["page_actions"]  # the browsers, one for all files
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "audit_stream.py"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="

@@ -19,7 +19,8 @@ from page_actions import LINES, SHOWS, click, frames, search
 TASKS = (
     "INFO Auto-repair: Created PostgreSQL database quantum", "INFO Auto-repair: Restarted Grafana container",
     "INFO Weekly self-heal: Completed – ✅ All checks passed", "WARN disk /var is at 91 %",
-    "INFO sudo: op1 : TTY=pts/0 ; COMMAND=/usr/bin/systemctl restart nginx", "INFO Retrained xgboost model fraud-7 (auc=0.931)",
+    "INFO sudo: op1 : TTY=pts/0 ; COMMAND=/usr/bin/systemctl restart nginx",
+    "INFO Retrained xgboost model fraud-7 (auc=0.931)",
     "DEBUG heartbeat ok", "INFO Auto-repair: Rotated the credentials of service billing",
     "ERROR Auto-repair: database ledger does not answer on port 5432",
 )

@@ -1,4 +1,4 @@
-"""What the tests of the page share: its names in the DOM, what one does with it, and the browsers that it is opened in."""
+"""What the tests of the page share: its names in the DOM, what one does with it, and the browsers."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import page_actions
 import pytest
 from browsers import Page
 from page_actions import HERE, LINES, TEXTS, TOLD, Serve, Watch, click, entries, frames, search, shows, write
-
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
 
 # line -> the level that its writer means
 LEVELS = {

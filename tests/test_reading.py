@@ -23,8 +23,6 @@ from page_actions import (
     write,
 )
 
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
-
 DETAILS = "((document.querySelector('#auditBox .details') || 0).innerText || '')"
 
 
