@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from side_by_side import pytest_runtestloop as pytest_runtestloop
+from two_processes import pytest_runtestloop as pytest_runtestloop
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
