@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
-from conftest import KEY, Server, append, lines
+from harness import KEY, Server, append, lines
 from websockets.sync.client import connect
 
 MIB = 2**20

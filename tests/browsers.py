@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from conftest import eventually, free_port
+from harness import eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browsers import unavailable
-from conftest import ROOT
+from harness import ROOT
 
 MODULES = ("acorn@8.19.0", "acorn-walk@8.3.5", "postcss@8.5.33", "@mdn/browser-compat-data@8.1.9")
 

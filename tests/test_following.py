@@ -11,21 +11,26 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NO_INOTIFY, Server, Viewer, add, append, lines, pack, shift
+from harness import (
+    FIRST,
+    NO_INOTIFY,
+    Server,
+    Viewer,
+    add,
+    append,
+    copied_and_truncated,
+    lines,
+    pack,
+    rotated,
+    rotated_to_dates,
+    shift,
+    start,
+)
 
-FIRST = lines(20)
 MIB = 2**20
 NO_OVERRIDE = () if os.getuid() else ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
 CHANGES = []
 CUT = "truncated rewritten"  # it cannot be known which
-
-
-def start(serve, view, log, how="live", **options):
-    """A server with a viewer that has seen the first lines."""
-    append(log, FIRST)
-    options.setdefault("prefix", NO_INOTIFY if how == "polling" else ())
-    server = serve(log, "--initial", 131072, "--interval", 0.3, **options)
-    return server, view(server, json=True).wait(FIRST)
 
 
 def change(*reasons):
@@ -52,24 +57,16 @@ def renamed_and_created(log):
 
 @change("rotated", "rotated", "rotated")
 def rotated_three_times(log):
-    added = add(log, "a", 100)
-    for tag in "bcd":
-        shift(log)
-        added += add(log, tag, 100)
-    return added
+    return rotated(log, "bcd", count=100)
 
 
 @change("rotated", "rotated", "rotated")
-def rotated_to_dates(log):
-    added = add(log, "a")
-    for day, separator, tag in zip((17, 18, 19), "-.-", "bcd", strict=True):
-        log.rename(f"{log}{separator}202512{day}")
-        added += add(log, tag)
-    return added
+def rotated_to_all_kinds_of_dates(log):
+    return rotated_to_dates(log, "-.-")
 
 
 @change("rotated", "rotated", "rotated")
-def rotated_and_packed(log):
+def rotated_and_packed_each_time(log):
     added = add(log, "a")
     for tag in "bcd":
         shift(log)
@@ -177,12 +174,7 @@ def edited_in_place(log):
     return log.read_bytes()[60:].decode() + add(log, "a")
 
 
-@change("truncated")
-def copied_and_truncated(log):
-    added = add(log, "a")
-    shutil.copy(log, f"{log}.1")
-    os.truncate(log, 0)
-    return added + add(log, "b")
+change("truncated")(copied_and_truncated)
 
 
 @change(CUT)

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
-from conftest import ROOT, append, eventually, lines
+from harness import ROOT, append, eventually, lines
 
 MIB = 1 << 20
 QUERIES = 3000

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import add, append, eventually, free_port, lines
+from harness import FIRST, add, append, eventually, free_port, lines, start
 
-FIRST = lines(20)
 MIB = 2**20
 
 
@@ -22,13 +21,6 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def follow(serve, view, log, **options):
-    """A server with a viewer that has seen the first lines."""
-    append(log, FIRST)
-    server = serve(log, "--initial", 131072, "--interval", 0.3, **options)
-    return server, view(server, json=True).wait(FIRST)
 
 
 def check_it_serves(server, viewer, log, seconds=1):
@@ -124,7 +116,7 @@ def test_connections_that_come_and_go_leave_nothing_behind(serve, view, log):
 
 
 def test_no_free_descriptor_is_no_end(serve, view, log, many_files):
-    server, viewer = follow(serve, view, log, prefix=("prlimit", "--nofile=64:64"), dev=False)
+    server, viewer = start(serve, view, log, prefix=("prlimit", "--nofile=64:64"), dev=False)
     expected = FIRST
 
     with contextlib.ExitStack() as stack:
@@ -159,7 +151,7 @@ def connected(view, server):
 
 
 def test_thousands_of_silent_connections_stop_nothing(serve, view, log, many_files):
-    server, viewer = follow(serve, view, log, dev=False)
+    server, viewer = start(serve, view, log, dev=False)
     count = min(3000, many_files - 500)
 
     with contextlib.ExitStack() as stack:
@@ -175,7 +167,7 @@ def test_thousands_of_silent_connections_stop_nothing(serve, view, log, many_fil
 
 
 def test_a_full_disk_under_its_own_output_stops_nothing(serve, view, log):
-    server, viewer = follow(serve, view, log, output="/dev/full", port=free_port())
+    server, viewer = start(serve, view, log, output="/dev/full", port=free_port())
 
     log.rename(f"{log}.1")
     viewer.wait(lambda it: it.states() == ["missing"])
@@ -188,7 +180,7 @@ def test_a_full_disk_under_its_own_output_stops_nothing(serve, view, log):
 
 
 def test_a_pause_of_the_process_loses_nothing(serve, view, log):
-    server, viewer = follow(serve, view, log)
+    server, viewer = start(serve, view, log)
 
     with server.looking_away():
         added = add(log, "a")
@@ -202,7 +194,7 @@ def test_a_pause_of_the_process_loses_nothing(serve, view, log):
 
 
 def test_its_own_log_stays_small(serve, view, log):
-    server, viewer = follow(serve, view, log, dev=False)
+    server, viewer = start(serve, view, log, dev=False)
     before = len(server.errors())
 
     for number in range(30):

@@ -12,128 +12,37 @@ from typing import Any
 
 import pytest
 from browsers import BROWSERS, Browser, Page, unavailable
-from conftest import ROOT, append, eventually, free_port
+from harness import ROOT, append, eventually, free_port
+from page_actions import (
+    AT_REST,
+    BUTTONS,
+    FIRST,
+    LATE,
+    LINES,
+    NAME,
+    RECEIVED,
+    SCROLLER,
+    STATE,
+    TEXTS,
+    TOP,
+    click,
+    ends_with,
+    entries,
+    frames,
+    number_in_view,
+    numbered,
+    said,
+    scroll_up,
+    search,
+    shows,
+    watching,
+    write,
+)
 
 Serve = Callable[..., Any]
 Watch = Callable[..., Page]
 
 SOURCE = ROOT / "static" / "index.html"
-LINES = "[...document.querySelectorAll('#auditBox .line')]"
-TEXTS = f"{LINES}.map(line => line.textContent)"
-RECEIVED = "📡 New audit data received: {} bytes"
-LATE = "🔌 WebSocket disconnected - Reconnecting in 5 seconds..."
-
-# What scrolls, and its first line that is in view with the height at which it stands.
-SCROLLER = """[...document.querySelectorAll('#auditBox, #auditBox *')].concat(document.scrollingElement)
-    .find(box => box.scrollHeight > box.clientHeight + 1 && getComputedStyle(box).overflowY !== 'visible')"""
-TOP = "Math.max(0, document.querySelector('#auditBox').getBoundingClientRect().top)"
-FIRST = f"""(() => {{
-    const line = {LINES}.find(line => line.getBoundingClientRect().bottom > {TOP} + 1);
-    return [line.textContent, Math.round(line.getBoundingClientRect().top)];
-}})()"""
-AT_REST = f"""new Promise(done => {{
-    let before = "", frames = 0;
-    requestAnimationFrame(function look() {{
-        const now = JSON.stringify({FIRST});
-        frames = now === before ? frames + 1 : 0;
-        before = now;
-        frames < 10 ? requestAnimationFrame(look) : done(true);
-    }});
-}})"""
-BUTTONS = "[...document.querySelectorAll('button')].filter(button => button.getClientRects().length)"
-NAME = """(thing => thing.getAttribute('aria-label')
-    || [...thing.labels || []].map(label => label.textContent).join(' ') || thing.textContent)"""
-STATE = "document.querySelector('#status').dataset.state"
-CENTRE = "(at => [at.x + at.width / 2, at.y + at.height / 2])({}.getBoundingClientRect())"
-
-
-def shows(page: Page, expected: list[str], timeout: float = 15) -> None:
-    """Exactly these lines, in the end."""
-    end = time.monotonic() + timeout
-    while (shown := page.js(TEXTS)) != expected and time.monotonic() < end:
-        time.sleep(0.02)
-    assert shown == expected
-
-
-def ends_with(page: Page, line: str, timeout: float = 15) -> None:
-    """The last line, and the last thing that is in view."""
-    page.wait(
-        f"""(last => last && last.textContent === {line!r} && last.getBoundingClientRect().bottom <= innerHeight
-            && last.getBoundingClientRect().top >= {TOP})({LINES}.pop())""",
-        timeout,
-    )
-
-
-def frames(page: Page, count: int = 3) -> None:
-    page.js(f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))")
-
-
-def click(page: Page, name: str) -> None:
-    """With the mouse, so that the button must be there to be hit."""
-    button = f"{BUTTONS}.find(button => {NAME}(button).includes({name!r}))"
-    page.wait(f"!!{button}")
-    page.mouse(*page.js(CENTRE.format(button)))
-
-
-def search(page: Page, query: str) -> None:
-    page.js(
-        f"""(box => {{
-            box.focus();
-            box.value = {query!r};
-            box.dispatchEvent(new Event('input', {{ bubbles: true }}));
-        }})(document.querySelector('#searchBox'))"""
-    )
-    page.press("Enter")
-
-
-def said(page: Page) -> list[str]:
-    return [text for _, text in page.console]
-
-
-def entries(*texts: str) -> list[str]:
-    return [f"[2025-12-17T17:40:{number % 60:02d}Z] {text}" for number, text in enumerate(texts)]
-
-
-def write(log: Path, lines: list[str]) -> list[str]:
-    append(log, "".join(f"{line}\n" for line in lines))
-    return lines
-
-
-def numbered(start: int, stop: int) -> list[str]:
-    return [f"[2025-12-17T17:40:37Z] entry {number}" for number in range(start, stop)]
-
-
-@pytest.fixture(scope="session", params=["chromium", "firefox"])
-def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
-    with ExitStack() as stack:
-        started = BROWSERS[request.param]()
-        stack.callback(started.quit)
-        yield started
-
-
-def watching(browser: Browser) -> Iterator[Watch]:
-    """Opens windows that connect; at the end none may have had an error, unless the test expects trouble."""
-    pages: list[tuple[Page, bool]] = []
-
-    def open_page(url: str, trouble: bool = False) -> Page:
-        page = browser.page()
-        pages.append((page, trouble))
-        page.resize(1000, 700)
-        page.goto(url)
-        page.wait(f"{STATE} === 'live'")
-        return page
-
-    yield open_page
-    for page, _ in pages:
-        page.close()
-    calm = [page for page, trouble in pages if not trouble]
-    assert [entry for page in calm for entry in page.console if entry[0] in ("error", "assert", "dialog")] == []
-    assert [error for page in calm for error in page.errors] == []
-
-
-@pytest.fixture
-def watch(browser: Browser) -> Iterator[Watch]:
-    yield from watching(browser)
 
 
 # -- the log as it grows ---------------------------------------------------------------------------
@@ -267,18 +176,6 @@ def test_pause_and_resume_lose_nothing(serve: Serve, log: Path, watch: Watch, vi
     assert paused == written
     shows(page, written + later)
     page.wait(f"{BUTTONS}.some(button => {NAME}(button).includes('Pause'))")
-
-
-def number_in_view(page: Page) -> int:
-    return int(page.js(FIRST)[0].split()[-1])
-
-
-def scroll_up(page: Page, pixels: int) -> None:
-    x, y = page.js(CENTRE.format("document.querySelector('#auditBox')"))
-    before = page.js(FIRST)
-    page.mouse(x, min(y, 500), -pixels)
-    page.wait(f"{FIRST}[0] !== {before[0]!r}")
-    page.wait(AT_REST)
 
 
 def test_scrolled_up_the_view_stays_and_a_button_counts(serve: Serve, log: Path, watch: Watch) -> None:

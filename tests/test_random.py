@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from conftest import Server, Viewer, append, eventually, free_port, pack, shift
+from harness import Server, Viewer, append, eventually, free_port, pack, shift
 
 STEPS = 150
 PROVED = 4096  # bytes before the end of what was sent: after a cut, they tell where the stream goes on

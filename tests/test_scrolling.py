@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_page
 from browsers import Page
-from conftest import Server, append
-from test_page import BUTTONS, CENTRE, FIRST, LINES, NAME, SCROLLER, TEXTS, click, ends_with, frames, search
-
-browser, watch = test_page.browser, test_page.watch  # the fixtures
-Watch = Callable[..., Page]
+from harness import Server, append
+from page_actions import (
+    AT_REST,
+    BUTTONS,
+    CENTRE,
+    FIRST,
+    LINES,
+    NAME,
+    SCROLLER,
+    TEXTS,
+    Watch,
+    click,
+    ends_with,
+    frames,
+    search,
+    shows,
+)
 
 COUNT = 100_000
 NEEDLES = (777, 33_333, 50_777, 98_000)
@@ -59,7 +70,7 @@ def offset_of(number: int) -> int:
 
 def stretch(page: Page) -> list[int]:
     """The numbers of the lines that are drawn: none is missing between them."""
-    page.wait(test_page.AT_REST)
+    page.wait(AT_REST)
     numbers: list[int] = page.js(NUMBERS)
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     return numbers
@@ -183,7 +194,7 @@ def test_of_very_many_matches_enough_are_fetched_and_more_when_one_scrolls_up(pa
 
     for _ in range(12):
         page.js(f"({SCROLLER}).scrollBy(0, -5000)")
-        page.wait(test_page.AT_REST)
+        page.wait(AT_REST)
 
     shown, start = page.js(NUMBERS), int(page.js(NUMBERS)[0])
     assert shown == [number for number in range(start, shown[-1] + 1) if "PostgreSQL" in entry(number)]
@@ -206,7 +217,7 @@ def test_a_match_is_shown_in_its_place_and_escape_goes_back(
     append(log, "a needle that arrived meanwhile\n")
     page.press("Escape")
     expected = [*(entry(number) for number in NEEDLES), "a needle that arrived meanwhile"]
-    test_page.shows(page, expected)
+    shows(page, expected)
     page.press("Escape")
     ends_with(page, expected[-1])
 
@@ -264,7 +275,7 @@ def test_entries_that_say_error_by_word_stand_out_and_keys_go_to_them(page: Page
 def test_a_link_opens_the_same_view(page: Page, site: Server, watch: Watch) -> None:
     press_at(page, "#rail", 0.5, 0.4)
     page.wait(f"{AT} < 50000")
-    page.wait(test_page.AT_REST)
+    page.wait(AT_REST)
     place = page.js(FIRST)[0]
     page.wait(f"location.hash === '#at=' + {LINES}.find(line => line.textContent === {place!r}).dataset.offset")
 
@@ -278,7 +289,7 @@ def test_a_link_opens_the_same_view(page: Page, site: Server, watch: Watch) -> N
     other.js(f"(location.hash = '#q=needle&at={offset_of(33_333)}&context=1')")
     other.wait(f"{HERE} === {entry(33_333)!r} && {LINES}.length > 100")
     other.press("Escape")
-    test_page.shows(other, [entry(number) for number in NEEDLES])
+    shows(other, [entry(number) for number in NEEDLES])
 
 
 def test_dark_is_the_look_and_light_is_remembered(page: Page, site: Server) -> None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import KEY, SCRIPT, append, environment, eventually, lines, run
+from harness import KEY, SCRIPT, append, environment, eventually, lines, run
 
 JSON = "application/json"
 MIB = 2**20

@@ -14,7 +14,7 @@ import time
 
 import pytest
 from browsers import unavailable
-from conftest import ROOT, add, append, lines
+from harness import ROOT, add, append, lines
 
 UNIT = ROOT / "audit-stream.service"
 PYTHON = "/opt/audit-stream/venv/bin/python"

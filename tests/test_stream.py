@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import append, eventually, lines, run
+from harness import append, eventually, lines, run
 from websockets.sync.client import connect
 
 MIB = 2**20
