@@ -43,7 +43,9 @@ def serving(*options: object) -> Iterator[tuple[Server, Path]]:
 
 
 def report(what: str, ours: float, baseline: float, unit: str, beside: str) -> None:
-    print(f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3} {ours / baseline:>7.2f} x  {beside}")
+    print(
+        f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3} {ours / baseline:>7.2f} x  {beside}"
+    )
 
 
 # From write() until the line is in the hands of a reader.
@@ -65,7 +67,9 @@ def latency() -> None:
         with connect(server.ws, proxy=None) as viewer:
             viewer.recv()
             ours = delays(log, viewer.recv)
-        with subprocess.Popen(["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tail:
+        with subprocess.Popen(
+            ["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as tail:
             assert tail.stdout
             pipe = tail.stdout.fileno()
             os.read(pipe, 65536)
@@ -124,7 +128,9 @@ def answer(listener: socket.socket, reply: bytes) -> None:
 @contextlib.contextmanager
 def baseline(target: Callable[..., None], argument: object) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
-        process = multiprocessing.get_context("fork").Process(target=target, args=(listener, argument), daemon=True)
+        process = multiprocessing.get_context("fork").Process(
+            target=target, args=(listener, argument), daemon=True
+        )
         process.start()
         yield listener.getsockname()[1]
         process.kill()
@@ -141,9 +147,18 @@ def burst(viewers: int) -> None:
         ours = timed(lambda: ready(clients, lambda last: last.endswith(END)))
         writer.join()
         port = stack.enter_context(baseline(send_file, log))
-        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(viewers)]
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(viewers)
+        ]
         theirs = timed(lambda: ready(clients, lambda last: last.endswith(END)))
-    report(f"{len(data) / 1e6:.0f} MB to {viewers} viewers", 1000 * ours, 1000 * theirs, "ms", "the file over TCP")
+    report(
+        f"{len(data) / 1e6:.0f} MB to {viewers} viewers",
+        1000 * ours,
+        1000 * theirs,
+        "ms",
+        "the file over TCP",
+    )
 
 
 def storm(stack: contextlib.ExitStack, port: int, count: int) -> float:
@@ -185,7 +200,9 @@ def idle(viewers: int = 100, seconds: int = 10) -> None:
         before = server.cpu()
         time.sleep(seconds)
         spent = server.cpu() - before
-    print(f"{f'idle with {viewers} viewers':<44} {1000 * spent / seconds:>9.2f} ms of processor time a second")
+    print(
+        f"{f'idle with {viewers} viewers':<44} {1000 * spent / seconds:>9.2f} ms of processor time a second"
+    )
 
 
 # The whole of a large log.
@@ -201,13 +218,25 @@ def large(size: int = 1024 * MIB) -> None:
         first = timed(lambda: first_frame(server))
         found: list[int] = []
         ours = timed(lambda: found.extend(search_all(server, "NEEDLE")))
-        theirs = timed(lambda: subprocess.run(["grep", "-abi", "NEEDLE", log], stdout=subprocess.PIPE, check=True))
+        theirs = timed(
+            lambda: subprocess.run(
+                ["grep", "-abi", "NEEDLE", log], stdout=subprocess.PIPE, check=True
+            )
+        )
         patient = timed(lambda: list(search_all(server, "needle -grafana")))
         with open(log, "rb") as file:
             assert len(found) == 1 and os.pread(file.fileno(), len(needle), found[0]) == needle
-        report(f"{log.stat().st_size / MIB:.0f} MiB searched, page cache warm", ours, theirs, "s", "grep -i")
+        report(
+            f"{log.stat().st_size / MIB:.0f} MiB searched, page cache warm",
+            ours,
+            theirs,
+            "s",
+            "grep -i",
+        )
         report("the same for one term without another", patient, theirs, "s", "grep -i")
-        print(f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms  {server.peak() / MIB:.1f} MiB at the most")
+        print(
+            f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms  {server.peak() / MIB:.1f} MiB at the most"
+        )
 
 
 def first_frame(server: Server) -> None:

@@ -58,7 +58,9 @@ class Wire:
 
     def __init__(self, url: str) -> None:
         self.closing = contextlib.ExitStack()
-        self.socket = self.closing.enter_context(connect(url, max_size=None, open_timeout=20, compression=None))
+        self.socket = self.closing.enter_context(
+            connect(url, max_size=None, open_timeout=20, compression=None)
+        )
         self.numbers, self.changed = itertools.count(1), threading.Condition()
         self.replies: dict[int, Event] = {}
         self.events: list[Event] = []
@@ -132,7 +134,10 @@ class Browser:
             )
 
     def debugging_address(self) -> str:
-        said = eventually(lambda: re.search(r"listening on (ws://\S+)\n", self.said.read_text(errors="replace")), 60)
+        said = eventually(
+            lambda: re.search(r"listening on (ws://\S+)\n", self.said.read_text(errors="replace")),
+            60,
+        )
         return str(said[1])
 
     def ask_to_close(self) -> None:
@@ -144,7 +149,9 @@ class Browser:
                 self.ask_to_close()
                 self.process.wait(5)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # also a helper that outlived its parent
+                os.killpg(
+                    self.process.pid, signal.SIGKILL
+                )  # also a helper that outlived its parent
             self.process.wait(5)
         for _ in range(40):
             shutil.rmtree(self.home, ignore_errors=True)
@@ -158,7 +165,9 @@ class Page:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.console: list[tuple[str, str]] = []  # (level, text); a dialog that opened is ("dialog", text)
+        self.console: list[
+            tuple[str, str]
+        ] = []  # (level, text); a dialog that opened is ("dialog", text)
         self.errors: list[str] = []  # answers of 400 and more, as far as the protocol tells
 
     def evaluate(self, source: str, timeout: float) -> str | None:
@@ -195,7 +204,9 @@ class Page:
         end = time.monotonic() + timeout
         while not (value := self.js(expression)):
             if time.monotonic() > end:
-                raise AssertionError(f"still {value!r} after {timeout} s: {expression}; console: {self.console[-5:]}")
+                raise AssertionError(
+                    f"still {value!r} after {timeout} s: {expression}; console: {self.console[-5:]}"
+                )
             time.sleep(0.02)
         return value
 
@@ -233,8 +244,12 @@ class Chromium(Browser):
             self.context = self.wire.call("Target.createBrowserContext", {})["browserContextId"]
         how = {"url": "about:blank", "newWindow": window, "browserContextId": self.context}
         target = self.wire.call("Target.createTarget", how)["targetId"]
-        session = self.wire.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-        page = self.pages[session] = ChromiumPage(self.wire, target, session, self.context if window else "")
+        session = self.wire.call("Target.attachToTarget", {"targetId": target, "flatten": True})[
+            "sessionId"
+        ]
+        page = self.pages[session] = ChromiumPage(
+            self.wire, target, session, self.context if window else ""
+        )
         for domain in ("Page", "Runtime", "Log"):
             page.cdp(f"{domain}.enable")
         return page
@@ -258,9 +273,13 @@ class ChromiumPage(Page):
             self.console.append(("dialog", params["message"]))
         elif method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
-            self.console.append(("error", details.get("exception", {}).get("description", details["text"])))
+            self.console.append(
+                ("error", details.get("exception", {}).get("description", details["text"]))
+            )
         elif method == "Runtime.consoleAPICalled":
-            words = [str(value.get("value", value.get("description", ""))) for value in params["args"]]
+            words = [
+                str(value.get("value", value.get("description", ""))) for value in params["args"]
+            ]
             self.console.append((params["type"], " ".join(words)))
         elif method == "Log.entryAdded":
             entry = params["entry"]
@@ -269,7 +288,9 @@ class ChromiumPage(Page):
                 self.errors.append(f"{entry['text']} {entry.get('url')}")
 
     def evaluate(self, source: str, timeout: float) -> str | None:
-        answer = self.cdp("Runtime.evaluate", timeout, expression=source, awaitPromise=True, returnByValue=True)
+        answer = self.cdp(
+            "Runtime.evaluate", timeout, expression=source, awaitPromise=True, returnByValue=True
+        )
         if details := answer.get("exceptionDetails"):
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
         value: str | None = answer["result"].get("value")
@@ -286,18 +307,28 @@ class ChromiumPage(Page):
     def key(self, key: str, shift: bool) -> None:
         code, text, _ = KEYS.get(key, (0, key, key))
         common: Event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
-        self.cdp("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **common)
+        self.cdp(
+            "Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **common
+        )
         self.cdp("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def mouse(self, x: float, y: float, wheel: int = 0) -> None:
         if wheel:
-            self.cdp("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=wheel)
+            self.cdp(
+                "Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=wheel
+            )
             return
         for kind in ("mousePressed", "mouseReleased"):
             self.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def resize(self, width: int, height: int) -> None:
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def to_front(self) -> None:
         self.cdp("Page.bringToFront")
@@ -337,7 +368,9 @@ class Firefox(Browser):
             page.listen(event["method"], params)
 
     def page(self, window: bool = True) -> FirefoxPage:
-        context = self.wire.call("browsingContext.create", {"type": "window" if window else "tab"})["context"]
+        context = self.wire.call("browsingContext.create", {"type": "window" if window else "tab"})[
+            "context"
+        ]
         page = self.pages[context] = FirefoxPage(self.wire, context)
         return page
 
@@ -363,7 +396,12 @@ class FirefoxPage(Page):
 
     def evaluate(self, source: str, timeout: float) -> str | None:
         target = {"context": self.context}
-        params = {"expression": source, "target": target, "awaitPromise": True, "userActivation": True}
+        params = {
+            "expression": source,
+            "target": target,
+            "awaitPromise": True,
+            "userActivation": True,
+        }
         answer = self.wire.call("script.evaluate", params, timeout)
         if answer["type"] == "exception":
             raise RuntimeError(answer["exceptionDetails"]["text"])
@@ -407,14 +445,20 @@ class FirefoxPage(Page):
 
 
 class WebKit(Browser):
-    program = next(map(str, Path("/usr/lib").glob("*/wpe-webkit-1.1/MiniBrowser")), "wpe-webkit-1.1/MiniBrowser")
+    program = next(
+        map(str, Path("/usr/lib").glob("*/wpe-webkit-1.1/MiniBrowser")),
+        "wpe-webkit-1.1/MiniBrowser",
+    )
 
     def start(self) -> None:
         inspector = f"127.0.0.1:{free_port()}"
         self.run("--headless", "about:blank", WEBKIT_INSPECTOR_HTTP_SERVER=inspector)
 
         def path() -> str:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{inspector}/", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://{inspector}/", timeout=5) as answer,
+            ):
                 return "".join(re.findall(r"/socket/\d+/\d+/WebPage", answer.read().decode())[:1])
             return ""
 
@@ -464,14 +508,18 @@ class WebKitPage(Page):
 
     def evaluate(self, source: str, timeout: float) -> str | None:
         promise = self.inspect("Runtime.evaluate", timeout, expression=source)["result"]["objectId"]
-        answer = self.inspect("Runtime.awaitPromise", timeout, promiseObjectId=promise, returnByValue=True)
+        answer = self.inspect(
+            "Runtime.awaitPromise", timeout, promiseObjectId=promise, returnByValue=True
+        )
         if answer.get("wasThrown"):
             raise RuntimeError(answer["result"].get("description"))
         value: str | None = answer["result"].get("value")
         return value
 
     def goto(self, url: str) -> None:
-        self.inspect("Runtime.evaluate", expression=f"window.before = 1; location.href = {json.dumps(url)}")
+        self.inspect(
+            "Runtime.evaluate", expression=f"window.before = 1; location.href = {json.dumps(url)}"
+        )
         end = time.monotonic() + 20
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError, TimeoutError):  # while the page changes hands

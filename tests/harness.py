@@ -27,10 +27,17 @@ SCRIPT = ROOT / "audit_stream.py"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 FORBID_INOTIFY = 'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"'
 NO_INOTIFY = ("unshare", "--user", "--map-root-user", "sh", "-c", FORBID_INOTIFY, "sh")
-FOREIGN_VARIABLES = ("AUDIT_STREAM_TOKEN", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC")
+FOREIGN_VARIABLES = (
+    "AUDIT_STREAM_TOKEN",
+    "CREDENTIALS_DIRECTORY",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+)
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 10, message: str = "it never happened") -> Any:
+def eventually(
+    condition: Callable[[], Any], seconds: float = 10, message: str = "it never happened"
+) -> Any:
     """What condition() returns, as soon as that is true; AssertionError after so many seconds."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -59,7 +66,9 @@ FIRST = lines(20)  # what a log holds when a test begins
 
 def add(path: Path, tag: str, count: int = 10) -> str:
     """Lines that begin with another byte than those of `lines`."""
-    return append(path, "".join(f"{tag}: entry {number} – ✅\n" for number in range(count))).decode()
+    return append(
+        path, "".join(f"{tag}: entry {number} – ✅\n" for number in range(count))
+    ).decode()
 
 
 def shift(log: Path) -> None:
@@ -109,13 +118,17 @@ def free_port() -> int:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES} | variables
+    return {
+        name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES
+    } | variables
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the script to its end."""
     command = [sys.executable, "-X", "dev", "-W", "error", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment(), **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=20, env=environment(), **options
+    )
 
 
 class Server:
@@ -141,7 +154,11 @@ class Server:
         command = [*prefix, *python, *chosen, "--port", str(port), *map(str, options)]
         with open(self._out, "ab") as out, open(self._err, "ab") as err:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment(**env or {})
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment(**env or {}),
             )
         try:
             self.url = f"http://127.0.0.1:{port}/" if output else self._announced()
@@ -156,7 +173,9 @@ class Server:
 
     def _announced(self) -> str:
         def first_line() -> str:
-            assert self.process.poll() is None, f"exit code {self.process.returncode}: {self.errors()}"
+            assert self.process.poll() is None, (
+                f"exit code {self.process.returncode}: {self.errors()}"
+            )
             line, newline, _ = self._out.read_text().partition("\n")
             return line if newline else ""
 
@@ -174,7 +193,9 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
     def peak(self) -> int:
         """The most resident bytes so far."""
@@ -193,7 +214,9 @@ class Server:
                 count += os.readlink(path).startswith("socket:")
         return count
 
-    def connect(self, receive_buffer: int | None = None, source: str | None = None) -> socket.socket:
+    def connect(
+        self, receive_buffer: int | None = None, source: str | None = None
+    ) -> socket.socket:
         """A bare TCP connection, from the address `source`."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         client = socket.socket(family, socket.SOCK_STREAM)
@@ -229,12 +252,16 @@ class Server:
             return b"".join(iter(lambda: client.recv(65536), b""))
         return b""
 
-    def websocket_request(self, *fields: str, host: str | None = None, path: str = "/ws/audit") -> bytes:
+    def websocket_request(
+        self, *fields: str, host: str | None = None, path: str = "/ws/audit"
+    ) -> bytes:
         asked = [f"Host: {host or f'127.0.0.1:{self.port}'}", "Upgrade: websocket"]
         asked += ["Connection: Upgrade", f"Sec-WebSocket-Key: {KEY}", "Sec-WebSocket-Version: 13"]
         return "\r\n".join([f"GET {path} HTTP/1.1", *asked, *fields, "", ""]).encode()
 
-    def upgrade(self, *headers: str, query: str = "", receive_buffer: int | None = None) -> socket.socket:
+    def upgrade(
+        self, *headers: str, query: str = "", receive_buffer: int | None = None
+    ) -> socket.socket:
         """A WebSocket of which only the handshake has been read."""
         client = self.connect(receive_buffer)
         client.sendall(self.websocket_request(*headers, path=f"/ws/audit{query}"))
@@ -266,7 +293,9 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"still running {within} s after the signal: {self.errors()}") from None
+            raise AssertionError(
+                f"still running {within} s after the signal: {self.errors()}"
+            ) from None
 
     def kill(self) -> None:
         self.expected_to_die = True
@@ -278,7 +307,9 @@ class Server:
         code = self.stop()
         if not self.expected_to_die:
             assert code == 0, f"exit code {code}: {self.errors()}"
-            assert "Traceback" not in self.errors() and "Warning" not in self.errors(), self.errors()
+            assert "Traceback" not in self.errors() and "Warning" not in self.errors(), (
+                self.errors()
+            )
 
 
 class HeldSocket(socket.socket):
@@ -321,7 +352,9 @@ class Viewer:
         self._read = 0
         self._news = threading.Condition()
         self._stack = contextlib.ExitStack()
-        self._socket = HeldSocket(socket.AF_INET6 if ":" in server.host else socket.AF_INET, socket.SOCK_STREAM)
+        self._socket = HeldSocket(
+            socket.AF_INET6 if ":" in server.host else socket.AF_INET, socket.SOCK_STREAM
+        )
         self._socket.pace = pace
         if receive_buffer:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -362,7 +395,9 @@ class Viewer:
     def text(self) -> str:
         fresh = self.frames[self._read :]
         self._read += len(fresh)
-        self._text += "".join(frame if isinstance(frame, str) else frame.get("text", "") for frame in fresh)
+        self._text += "".join(
+            frame if isinstance(frame, str) else frame.get("text", "") for frame in fresh
+        )
         return self._text
 
     @property
@@ -375,7 +410,9 @@ class Viewer:
     def joined(self) -> str:
         """The text, after a look at whether the JSON frames join: no gap, no overlap, bytes that add up."""
         snapshot, *later = [frame for frame in self.frames if "cursor" in frame]
-        assert snapshot["type"] == "snapshot" and snapshot["end"] - snapshot["start"] == len(snapshot["text"].encode())
+        assert snapshot["type"] == "snapshot" and snapshot["end"] - snapshot["start"] == len(
+            snapshot["text"].encode()
+        )
         current, ends = snapshot["generation"], {snapshot["generation"]: snapshot["end"]}
         for frame in later:
             if frame["type"] == "generation":
@@ -383,8 +420,12 @@ class Viewer:
                 ends[current] = frame["start"]
                 continue
             name = frame.get("generation", current)
-            assert frame["start"] == ends[name] < frame["end"], f"{frame!r:.300} does not join {ends}"
-            assert frame["type"] != "append" or frame["end"] - frame["start"] == len(frame["text"].encode()), frame
+            assert frame["start"] == ends[name] < frame["end"], (
+                f"{frame!r:.300} does not join {ends}"
+            )
+            assert frame["type"] != "append" or frame["end"] - frame["start"] == len(
+                frame["text"].encode()
+            ), frame
             ends[name] = frame["end"]
         return self.text
 
@@ -393,7 +434,9 @@ class Viewer:
         texts: dict[str, str] = {}
         for frame in self.frames:
             if "generation" in frame:
-                texts[frame["generation"]] = texts.get(frame["generation"], "") + frame.get("text", "")
+                texts[frame["generation"]] = texts.get(frame["generation"], "") + frame.get(
+                    "text", ""
+                )
         return list(texts.values())
 
     def states(self) -> list[str]:
@@ -412,7 +455,11 @@ class Viewer:
         with self._news:
             if not self._news.wait_for(lambda: holds() or self.over, seconds) or not holds():
                 last = "\n".join(repr(frame)[-300:] for frame in self.frames[-5:])
-                end = f"closed with {self.connection.close_code}" if self.over else f"nothing for {seconds} s"
+                end = (
+                    f"closed with {self.connection.close_code}"
+                    if self.over
+                    else f"nothing for {seconds} s"
+                )
                 raise AssertionError(f"{end}; {len(self.frames)} frames, the last ones:\n{last}")
         return self
 
@@ -450,7 +497,13 @@ def start(serve, view, log, how="live", **options):
 
 TOKEN, OTHER = "Zr0qVt7-example-token", "another-example-token"
 RIGHT = f"Bearer {TOKEN}"
-API = ("/api/audit", "/api/search?q=entry", "/api/timeline", "/api/seek?time=2025-12-17T17:40:37Z", "/api/receipt")
+API = (
+    "/api/audit",
+    "/api/search?q=entry",
+    "/api/timeline",
+    "/api/seek?time=2025-12-17T17:40:37Z",
+    "/api/receipt",
+)
 PATHS = ("/", *API, "/metrics", "/other")
 
 
@@ -476,7 +529,10 @@ def launch(*arguments, env=None, **options):
     chosen = {"stdin": subprocess.DEVNULL, "capture_output": True} | options
     finished = subprocess.run(command, timeout=10, env=environment(**(env or {})), **chosen)
     said = finished.stderr.decode()
-    assert not finished.stdout and len(said.splitlines()) == 1 and "Traceback" not in said, (finished.stdout, said)
+    assert not finished.stdout and len(said.splitlines()) == 1 and "Traceback" not in said, (
+        finished.stdout,
+        said,
+    )
     return finished.returncode, said
 
 

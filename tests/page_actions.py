@@ -35,7 +35,9 @@ AT_REST = f"""new Promise(done => {{
         frames < 10 ? requestAnimationFrame(look) : done(true);
     }});
 }})"""
-BUTTONS = "[...document.querySelectorAll('button')].filter(button => button.getClientRects().length)"
+BUTTONS = (
+    "[...document.querySelectorAll('button')].filter(button => button.getClientRects().length)"
+)
 NAME = """(thing => thing.getAttribute('aria-label')
     || [...thing.labels || []].map(label => label.textContent).join(' ') || thing.textContent)"""
 STATE = "document.querySelector('#status').dataset.state"
@@ -60,7 +62,9 @@ def ends_with(page: Page, line: str, timeout: float = 15) -> None:
 
 
 def frames(page: Page, count: int = 3) -> None:
-    page.js(f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))")
+    page.js(
+        f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))"
+    )
 
 
 def click(page: Page, name: str) -> None:
@@ -114,7 +118,12 @@ def watching(browser: Browser) -> Iterator[Watch]:
     for page, _ in pages:
         page.close()
     calm = [page for page, trouble in pages if not trouble]
-    assert [entry for page in calm for entry in page.console if entry[0] in ("error", "assert", "dialog")] == []
+    assert [
+        entry
+        for page in calm
+        for entry in page.console
+        if entry[0] in ("error", "assert", "dialog")
+    ] == []
     assert [error for page in calm for error in page.errors] == []
 
 
@@ -131,7 +140,11 @@ def scroll_up(page: Page, pixels: int) -> None:
 
 
 def violations(page):
-    return [text for _, text in page.console if re.search("content.security.policy|violates", text, re.IGNORECASE)]
+    return [
+        text
+        for _, text in page.console
+        if re.search("content.security.policy|violates", text, re.IGNORECASE)
+    ]
 
 
 def arrives(page, address):

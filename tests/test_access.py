@@ -68,7 +68,11 @@ def test_elsewhere_than_on_loopback_a_token_is_made(host, serve, log):
 
     for server, token in zip(servers, tokens, strict=True):
         server.host = "127.0.0.1"
-        answers = [status(server), status(server, Authorization=f"Bearer {token}"), status(server, f"/?token={token}")]
+        answers = [
+            status(server),
+            status(server, Authorization=f"Bearer {token}"),
+            status(server, f"/?token={token}"),
+        ]
         assert answers == [401, 200, 303]
     assert tokens[0] != tokens[1]
 
@@ -102,7 +106,9 @@ def test_a_token_file_that_cannot_be_read_is_one_clear_line(log, tmp_path):
         assert code == 1 and str(path) in said
 
 
-@pytest.mark.parametrize("put", [lambda path: path.symlink_to(path), Path.mkdir], ids=["loop", "folder"])
+@pytest.mark.parametrize(
+    "put", [lambda path: path.symlink_to(path), Path.mkdir], ids=["loop", "folder"]
+)
 def test_a_credential_that_cannot_be_read_does_not_open_the_server(put, log, secret):
     secret.unlink()
     put(secret)
@@ -133,7 +139,11 @@ def test_everything_but_healthz_needs_the_token(locked):
         assert (without[0], wrong[0]) == (401, 401) and inside[0] != 401, f"{method} {path}"
         assert path == "/" or method == "HEAD" or json.loads(without[2])["error"]
     assert status(locked, "/healthz") == 200
-    assert handshake(locked) == handshake(locked, "Origin: http://evil.example", host="evil.example") == 401
+    assert (
+        handshake(locked)
+        == handshake(locked, "Origin: http://evil.example", host="evil.example")
+        == 401
+    )
 
 
 def test_the_page_of_a_stranger_is_a_form_with_one_password_field(locked):
@@ -150,7 +160,11 @@ def test_the_websocket_takes_bearer_cookie_and_address(locked):
     ways = [(f"Authorization: {RIGHT}", ""), (f"Cookie: {pair}", ""), ("X: y", f"?token={TOKEN}")]
 
     assert [handshake(locked, field, query=query) for field, query in ways] == [101] * len(ways)
-    assert handshake(locked, f"Authorization: Bearer {OTHER}") == handshake(locked, query=f"?token={OTHER}") == 401
+    assert (
+        handshake(locked, f"Authorization: Bearer {OTHER}")
+        == handshake(locked, query=f"?token={OTHER}")
+        == 401
+    )
 
 
 # -- the cookie ------------------------------------------------------------------------------------
@@ -165,13 +179,25 @@ def test_an_address_with_the_token_becomes_a_cookie_and_a_clean_address(locked):
     assert (code, headers["Location"]) == (303, "./")
     assert attributes == {"HttpOnly", "SameSite=Lax", "Path=/"}
     assert str(locked.port) in name and len(value) >= 32
-    assert not any(known in value for known in (TOKEN, base64.b64encode(TOKEN.encode()).decode(), *hashes))
+    assert not any(
+        known in value for known in (TOKEN, base64.b64encode(TOKEN.encode()).decode(), *hashes)
+    )
     assert TOKEN.encode() not in body
 
 
 def test_a_wrong_or_misplaced_token_gets_no_cookie_and_no_way_out(locked):
-    targets = [f"/?token={OTHER}", "/?token=", "/?token", f"/?tokens={TOKEN}", f"/?x=/?token={TOKEN}"]
-    elsewhere = [f"//evil.example/?token={TOKEN}", f"/\\evil.example/?token={TOKEN}", f"/x/?token={TOKEN}"]
+    targets = [
+        f"/?token={OTHER}",
+        "/?token=",
+        "/?token",
+        f"/?tokens={TOKEN}",
+        f"/?x=/?token={TOKEN}",
+    ]
+    elsewhere = [
+        f"//evil.example/?token={TOKEN}",
+        f"/\\evil.example/?token={TOKEN}",
+        f"/x/?token={TOKEN}",
+    ]
 
     answers = [locked.get(target) for target in targets + elsewhere]
 
@@ -180,8 +206,13 @@ def test_a_wrong_or_misplaced_token_gets_no_cookie_and_no_way_out(locked):
     assert not any("Set-Cookie" in headers or "Location" in headers for _, headers, _ in answers)
 
 
-def test_the_cookie_is_of_the_address_and_opens_everything_on_every_replica(serve, locked, log, secret):
-    replica, stranger = serve(log, "--token-file", secret), serve(log, env={"AUDIT_STREAM_TOKEN": OTHER})
+def test_the_cookie_is_of_the_address_and_opens_everything_on_every_replica(
+    serve, locked, log, secret
+):
+    replica, stranger = (
+        serve(log, "--token-file", secret),
+        serve(log, env={"AUDIT_STREAM_TOKEN": OTHER}),
+    )
     host = "audit.example:9443"
     ways = [{"Authorization": RIGHT}, {}]
 
@@ -231,7 +262,9 @@ def test_foreign_cookies_do_not_hide_ours(locked):
     for foreign in (*HOSTILE, f"{name}=planted", f"{name}=", f"x{ours}"):
         for cookies in (f"{foreign}; {ours}", f"{ours}; {foreign}", f"a=b;{foreign};{ours};c=d"):
             assert status(locked, Cookie=cookies) == 200, cookies[:80]
-    doubled = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{locked.port}\r\nCookie: a=b\r\nCookie: {ours}\r\n\r\n"
+    doubled = (
+        f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{locked.port}\r\nCookie: a=b\r\nCookie: {ours}\r\n\r\n"
+    )
     assert locked.raw(doubled.encode()).startswith(b"HTTP/1.1 200 ")
 
 
@@ -247,8 +280,23 @@ def test_a_doubled_authorization_gets_400(locked):
 
 
 STRANGE = [
-    *(value.encode() for value in ("", "Bearer", "Bearer ", "Bearer é", "Bearer ✅", "bearer", "Basic OmE=", "x y")),
-    *(b"Bearer " + value for value in (b"\xff\xfe\x80", b"\xc3", b"a" * 8000, b"%00", b"a b", RIGHT.encode())),
+    *(
+        value.encode()
+        for value in (
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer é",
+            "Bearer ✅",
+            "bearer",
+            "Basic OmE=",
+            "x y",
+        )
+    ),
+    *(
+        b"Bearer " + value
+        for value in (b"\xff\xfe\x80", b"\xc3", b"a" * 8000, b"%00", b"a b", RIGHT.encode())
+    ),
     *(f"{RIGHT}{more}".encode() for more in ("x", ",", " x", f",{RIGHT}", "é")),
 ]
 
@@ -257,7 +305,8 @@ def test_strange_tokens_are_wrong_tokens(locked, serve, log, secret):
     for number, value in enumerate(STRANGE):
         fields = {"Authorization": value, "Cookie": b"audit_stream_%d=" % locked.port + value}
         requests = [
-            b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%s: %s\r\n\r\n" % (locked.port, name.encode(), text)
+            b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%s: %s\r\n\r\n"
+            % (locked.port, name.encode(), text)
             for name, text in fields.items()
         ]
         quoted = "".join(f"%{byte:02x}" for byte in value[:2000])
@@ -268,14 +317,22 @@ def test_strange_tokens_are_wrong_tokens(locked, serve, log, secret):
 
         for request in requests:
             answer = locked.raw(request)
-            assert not answer or answer.split()[1] in (b"401", b"429", b"400", b"414", b"431"), (number, request[:200])
+            assert not answer or answer.split()[1] in (b"401", b"429", b"400", b"414", b"431"), (
+                number,
+                request[:200],
+            )
             assert b"Set-Cookie" not in answer
     assert status(locked, Authorization=RIGHT) == 200 and said_by(locked) == ""
 
 
 def test_ten_wrong_tokens_a_minute_and_no_more(locked):
     pair, _ = cookie_of(locked.get(f"/?token={TOKEN}")[1])
-    unharmed = [status(locked), status(locked, Cookie=pair[:-1]), status(locked, "/api/audit"), handshake(locked)]
+    unharmed = [
+        status(locked),
+        status(locked, Cookie=pair[:-1]),
+        status(locked, "/api/audit"),
+        handshake(locked),
+    ]
     guesses = itertools.cycle(
         [
             lambda: status(locked, "/api/audit", Authorization=f"Bearer {OTHER}"),
@@ -292,19 +349,26 @@ def test_ten_wrong_tokens_a_minute_and_no_more(locked):
     assert statuses == [401] * 10 + [429] * 5
     assert code == 429 and 1 <= int(headers["Retry-After"]) <= 60 and json.loads(body)["error"]
     assert status(locked, Authorization=RIGHT) == status(locked, "/api/audit", Cookie=pair) == 200
-    assert status(locked, f"/?token={TOKEN}") == 303 and handshake(locked, query=f"?token={TOKEN}") == 101
+    assert (
+        status(locked, f"/?token={TOKEN}") == 303
+        and handshake(locked, query=f"?token={TOKEN}") == 101
+    )
     assert locked.get("/", source="127.0.0.2", Authorization=f"Bearer {OTHER}")[0] == 401
 
 
 def test_a_changed_token_ends_the_old_viewers(locked, log, view, secret):
     old, _ = cookie_of(locked.get(f"/?token={TOKEN}")[1])
-    viewers = [view(locked, json=bool(number), headers={"Authorization": RIGHT}) for number in range(2)]
+    viewers = [
+        view(locked, json=bool(number), headers={"Authorization": RIGHT}) for number in range(2)
+    ]
 
     locked.process.send_signal(signal.SIGHUP)
     unchanged = add(log, "unchanged")
     for viewer in viewers:
         viewer.wait(unchanged)
-    before = [status(locked, Authorization=RIGHT) for _ in range(3)]  # by the end of these the signal was heeded
+    before = [
+        status(locked, Authorization=RIGHT) for _ in range(3)
+    ]  # by the end of these the signal was heeded
     secret.write_text(OTHER)
     locked.process.send_signal(signal.SIGHUP)
 
@@ -317,13 +381,20 @@ def test_a_changed_token_ends_the_old_viewers(locked, log, view, secret):
     view(locked, headers={"Cookie": new}).wait(unchanged)
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("\n")], ids=["gone", "empty"])
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, lambda path: path.write_text("\n")], ids=["gone", "empty"]
+)
 def test_a_token_file_that_is_lost_opens_nothing(spoil, locked, secret):
     spoil(secret)
     locked.process.send_signal(signal.SIGHUP)
     eventually(lambda: said_by(locked))
 
-    assert status(locked) == status(locked, Authorization="Bearer ") == handshake(locked, query="?token=") == 401
+    assert (
+        status(locked)
+        == status(locked, Authorization="Bearer ")
+        == handshake(locked, query="?token=")
+        == 401
+    )
 
 
 def test_a_credential_that_is_lost_opens_nothing(serve, log, secret):
@@ -341,19 +412,31 @@ def test_a_credential_that_is_lost_opens_nothing(serve, log, secret):
 def test_the_token_is_nowhere_to_be_seen(serve, log, secret, view):
     append(log, FIRST)
     server = serve(log, "--token-file", secret, env={"PYTHONASYNCIODEBUG": "1"})
-    targets = [f"{path}{'&' if '?' in path else '?'}token={TOKEN}" for path in (*PATHS, "/healthz", "/ws/audit")]
+    targets = [
+        f"{path}{'&' if '?' in path else '?'}token={TOKEN}"
+        for path in (*PATHS, "/healthz", "/ws/audit")
+    ]
 
     answers = [server.get(target) for target in targets]
     answers += [server.get(path, Authorization=RIGHT) for path in PATHS]
     raw = [
-        server.raw(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {TOKEN}\r\n{field}\r\n\r\n".encode())
+        server.raw(
+            f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {TOKEN}\r\n{field}\r\n\r\n".encode()
+        )
         for target in (f"/\x1b[31m?token={TOKEN}", f"/?token={TOKEN}", "/" + TOKEN * 1000)
-        for field in (f"Authorization: {RIGHT}\r\nAuthorization: {RIGHT}", f"X: {TOKEN * 1000}", f"Range: {TOKEN}")
+        for field in (
+            f"Authorization: {RIGHT}\r\nAuthorization: {RIGHT}",
+            f"X: {TOKEN * 1000}",
+            f"Range: {TOKEN}",
+        )
     ]
     viewer = view(server, headers={"Authorization": RIGHT}).wait(FIRST[-50:])
     process = Path(f"/proc/{server.process.pid}")
     seen = [(process / name).read_bytes() for name in ("cmdline", "environ")]
-    seen += [str(headers).encode() + body for _, headers, body in answers] + [viewer.text.encode(), *raw]
+    seen += [str(headers).encode() + body for _, headers, body in answers] + [
+        viewer.text.encode(),
+        *raw,
+    ]
     server.stop()
 
     assert not any(TOKEN.encode() in text for text in seen)
@@ -362,7 +445,16 @@ def test_the_token_is_nowhere_to_be_seen(serve, log, secret, view):
 
 # -- Origin, Host, Sec-Fetch-Site ------------------------------------------------------------------
 
-EVIL = ("http://evil.example", "null", "", "file://", "chrome-extension://abcdef", "://", "http://", "//127.0.0.1")
+EVIL = (
+    "http://evil.example",
+    "null",
+    "",
+    "file://",
+    "chrome-extension://abcdef",
+    "://",
+    "http://",
+    "//127.0.0.1",
+)
 
 
 def test_a_websocket_comes_from_the_own_origin(unlocked):
@@ -380,15 +472,26 @@ def test_a_websocket_comes_from_the_own_origin(unlocked):
         own: [
             *(f"http://{host}:{port}" for host in ("localhost", "127.0.0.2", "[::1]", "")),
             *("http://127.0.0.1", f"http://127.0.0.1:{port + 1}"),
-            *(f"http://{own}{more}" for more in ("/", "/x", ".evil.example", "@evil.example", "0", " ", "?", "#")),
+            *(
+                f"http://{own}{more}"
+                for more in ("/", "/x", ".evil.example", "@evil.example", "0", " ", "?", "#")
+            ),
             *(f"{scheme}://{own}" for scheme in ("https", "ws", "file", "httpx", "xhttp")),
-            *(f"http://{before}{own}" for before in ("evil.example/", "user@", "evil.example:80@", "x.")),
+            *(
+                f"http://{before}{own}"
+                for before in ("evil.example/", "user@", "evil.example:80@", "x.")
+            ),
             f"http://evil.example http://{own}",
             f"http://evil.example, http://{own}",
             own,
             *EVIL,
         ],
-        "localhost": ["http://localhost:8080", "http://localhost:443", "https://localhost", "https://localhost:80"],
+        "localhost": [
+            "http://localhost:8080",
+            "http://localhost:443",
+            "https://localhost",
+            "https://localhost:80",
+        ],
         "localhost:443": ["https://localhost", "https://localhost:443", "http://localhost"],
     }
 
@@ -401,7 +504,11 @@ def test_a_websocket_comes_from_the_own_origin(unlocked):
 
     expected = {(host, origin): 101 for host, origins in accepted.items() for origin in origins}
     trimmed = {f"http://{own} "}  # white space around a value is none of it
-    expected |= {(host, it): 101 if it in trimmed else 403 for host, origins in refused.items() for it in origins}
+    expected |= {
+        (host, it): 101 if it in trimmed else 403
+        for host, origins in refused.items()
+        for it in origins
+    }
     assert got == expected
     assert handshake(unlocked) == 101
     assert handshake(unlocked, f"Origin: http://{own}", f"Origin: http://{own}") == 400
@@ -409,15 +516,29 @@ def test_a_websocket_comes_from_the_own_origin(unlocked):
 
 
 def test_further_origins_may_be_allowed(serve, log):
-    server = serve(log, "--allow-origin", "https://ops.example", "--allow-origin", "http://wiki.example:8080")
-    right = ("https://ops.example", "https://ops.example:443", "http://wiki.example:8080", server.url[:-1])
+    server = serve(
+        log, "--allow-origin", "https://ops.example", "--allow-origin", "http://wiki.example:8080"
+    )
+    right = (
+        "https://ops.example",
+        "https://ops.example:443",
+        "http://wiki.example:8080",
+        server.url[:-1],
+    )
     wrong = (
-        *(f"https://{host}" for host in ("ops.example:8443", "ops.example.evil", "x.ops.example", "opsxexample")),
+        *(
+            f"https://{host}"
+            for host in ("ops.example:8443", "ops.example.evil", "x.ops.example", "opsxexample")
+        ),
         *("http://ops.example", "http://wiki.example", "https://wiki.example:8080", *EVIL),
     )
 
-    assert {origin: handshake(server, f"Origin: {origin}") for origin in right} == dict.fromkeys(right, 101)
-    assert {origin: handshake(server, f"Origin: {origin}") for origin in wrong} == dict.fromkeys(wrong, 403)
+    assert {origin: handshake(server, f"Origin: {origin}") for origin in right} == dict.fromkeys(
+        right, 101
+    )
+    assert {origin: handshake(server, f"Origin: {origin}") for origin in wrong} == dict.fromkeys(
+        wrong, 403
+    )
 
 
 def test_the_origin_counts_with_the_token_too(locked):
@@ -427,16 +548,60 @@ def test_the_origin_counts_with_the_token_too(locked):
     for credential in (f"Authorization: {RIGHT}", f"Cookie: {pair}"):
         assert handshake(locked, credential, f"Origin: {locked.url[:-1]}") == 101
         assert handshake(locked, credential, evil) == 403
-        assert handshake(locked, credential, "Origin: http://evil.example:80", host="evil.example") in (101, 401)
+        assert handshake(
+            locked, credential, "Origin: http://evil.example:80", host="evil.example"
+        ) in (101, 401)
     assert handshake(locked, evil, query=f"?token={TOKEN}") == 403
 
 
-GOOD_HOSTS = ["127.0.0.1", "127.0.0.1:1", "192.0.2.7:8080", "[::1]", "[2001:DB8::7]:65535", "localhost", "LocalHost:99"]
-GOOD_HOSTS += [socket.gethostname(), f"{socket.gethostname().upper()}:8080", "audit.example", "Audit.Example:8443"]
-EVIL_HOSTS = ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8080", "x.audit.example", "x.localhost"]
-EVIL_HOSTS += ["audit.example.evil", "audit_example", "auditXexample", "evil.example.:80", "localhostx", "1.evil"]
-ODD_HOSTS = ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.0.0.1.1", "256.0.0.1", "[localhost]", "[::1"]
-ODD_HOSTS += ["%6cocalhost", "localhost%00", "evil@localhost", "localhost@evil", "localhost/../evil", "localhost, evil"]
+GOOD_HOSTS = [
+    "127.0.0.1",
+    "127.0.0.1:1",
+    "192.0.2.7:8080",
+    "[::1]",
+    "[2001:DB8::7]:65535",
+    "localhost",
+    "LocalHost:99",
+]
+GOOD_HOSTS += [
+    socket.gethostname(),
+    f"{socket.gethostname().upper()}:8080",
+    "audit.example",
+    "Audit.Example:8443",
+]
+EVIL_HOSTS = [
+    "evil.example",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example:8080",
+    "x.audit.example",
+    "x.localhost",
+]
+EVIL_HOSTS += [
+    "audit.example.evil",
+    "audit_example",
+    "auditXexample",
+    "evil.example.:80",
+    "localhostx",
+    "1.evil",
+]
+ODD_HOSTS = [
+    "127.1",
+    "2130706433",
+    "0x7f000001",
+    "0177.0.0.1",
+    "127.0.0.1.1",
+    "256.0.0.1",
+    "[localhost]",
+    "[::1",
+]
+ODD_HOSTS += [
+    "%6cocalhost",
+    "localhost%00",
+    "evil@localhost",
+    "localhost@evil",
+    "localhost/../evil",
+    "localhost, evil",
+]
 ODD_HOSTS += ["localhost evil", "localhost:80:80", "localhost:99999", "[::1]x", "::1"]
 
 
@@ -445,14 +610,19 @@ def test_an_open_server_answers_to_its_own_names_only(serve, log):
     server = serve(log, "--allow-host", "AUDIT.example", "--allow-host", "second.example")
 
     for host in (*GOOD_HOSTS, "second.example"):
-        assert status(server, "/healthz", Host=host) == status(server, "/api/audit", Host=host) == 200, host
+        assert (
+            status(server, "/healthz", Host=host) == status(server, "/api/audit", Host=host) == 200
+        ), host
         assert handshake(server, f"Origin: http://{host.lower()}", host=host) == 101, host
     for host, path in itertools.product(EVIL_HOSTS, (*PATHS, "/healthz", "/ws/audit")):
         assert status(server, path, Host=host) == 403, f"{path} at {host}"
     for host in EVIL_HOSTS:
         assert handshake(server, f"Origin: http://{host}", host=host) == 403, host
     for host in ODD_HOSTS:
-        assert {status(server, "/api/audit", Host=host), handshake(server, host=host)} <= {400, 403}, host
+        assert {status(server, "/api/audit", Host=host), handshake(server, host=host)} <= {
+            400,
+            403,
+        }, host
 
 
 def test_a_request_from_another_site_gets_403(unlocked):
@@ -534,13 +704,17 @@ def every_kind_of_answer(server):
         412: inside("/api/audit", If_Match='"other"'),
         416: inside("/api/audit", Range="bytes=999999-"),
         426: inside("/ws/audit"),
-        503: inside("/ws/audit", Upgrade="websocket", Connection="Upgrade", Sec_WebSocket_Version="13"),
+        503: inside(
+            "/ws/audit", Upgrade="websocket", Connection="Upgrade", Sec_WebSocket_Version="13"
+        ),
     }
     more = [inside(path) for path in ("/api/audit", "/metrics", "/healthz")]
     more += [inside("/", Host=host) for host in ("a; script-src *", "audit.example")]
     more += [server.get("/", Authorization=f"Bearer {OTHER}") for _ in range(11)]
     more += [server.get("/", method="HEAD"), inside("/ws/audit", method="POST")]
-    assert {status: answer[0] for status, answer in found.items()} == {status: status for status in found}
+    assert {status: answer[0] for status, answer in found.items()} == {
+        status: status for status in found
+    }
     assert 429 in [answer[0] for answer in more]
     return list(found.values()) + more
 
@@ -551,20 +725,31 @@ def test_every_answer_says_what_browsers_may_do_with_it(serve, log, secret):
 
     with server.upgrade(f"Authorization: {RIGHT}"):
         answers = every_kind_of_answer(server)
-    answers.append(server.get("/ws/audit", Authorization=RIGHT, Upgrade="websocket", Sec_WebSocket_Version="7"))
+    answers.append(
+        server.get("/ws/audit", Authorization=RIGHT, Upgrade="websocket", Sec_WebSocket_Version="7")
+    )
 
     (_, _, page), (_, _, form) = (server.get("/", **way) for way in ({"Authorization": RIGHT}, {}))
     for code, headers, body in answers:
-        assert {name: headers.get_all(name) for name in FIXED} == {name: [text] for name, text in FIXED.items()}, code
+        assert {name: headers.get_all(name) for name in FIXED} == {
+            name: [text] for name, text in FIXED.items()
+        }, code
         once = ("Content-Security-Policy", "Content-Type", "Content-Length", "Date")
         assert all(len(headers.get_all(name, [])) == 1 for name in once), (code, headers.items())
         assert "Strict-Transport-Security" not in headers
         policy = policy_of(headers)
-        assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == {"'none'"}
-        assert not any("unsafe" in source or source == "*" for sources in policy.values() for source in sources)
+        assert (
+            policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == {"'none'"}
+        )
+        assert not any(
+            "unsafe" in source or source == "*" for sources in policy.values() for source in sources
+        )
         for kind in ("script", "style"):
             of_both = Inline(page).hashes(kind) | Inline(form).hashes(kind)
-            assert Inline(body).hashes(kind) <= policy[f"{kind}-src"] <= of_both | {"'none'"}, (code, kind)
+            assert Inline(body).hashes(kind) <= policy[f"{kind}-src"] <= of_both | {"'none'"}, (
+                code,
+                kind,
+            )
     assert len(Inline(page).texts["script"]) == len(Inline(form).texts["script"]) == 1
     assert Inline(page).loose == Inline(form).loose == []
 
@@ -643,7 +828,9 @@ ATTEMPTS = """(async url => {
 })(%r)"""
 
 
-def test_a_page_of_another_origin_cannot_read_the_log(browser, window, serve, log, secret, other_site):
+def test_a_page_of_another_origin_cannot_read_the_log(
+    browser, window, serve, log, secret, other_site
+):
     append(log, FIRST)
     opened, locked = serve(log), serve(log, "--token-file", secret)
     window.goto(f"{locked.url}?token={TOKEN}")
@@ -657,19 +844,26 @@ def test_a_page_of_another_origin_cannot_read_the_log(browser, window, serve, lo
 
     assert own == FIRST
     for where, attempts in tried.items():
-        assert {name: result for name, result in attempts.items() if result not in ("refused", "")} == {}, where
+        assert {
+            name: result for name, result in attempts.items() if result not in ("refused", "")
+        } == {}, where
     assert of(samples(opened), "viewers") == of(samples(locked), "viewers") == 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_link_with_a_token_on_another_site_works(host, browser, window, locked, other_site):
     window.goto(f"http://{host}:{other_site}/{locked.url}?token={TOKEN}")
-    x, y = window.js("(at => [at.x + at.width / 2, at.y + at.height / 2])(document.links[0].getBoundingClientRect())")
+    x, y = window.js(
+        "(at => [at.x + at.width / 2, at.y + at.height / 2])(document.links[0].getBoundingClientRect())"
+    )
 
     window.mouse(x, y)
 
     arrives(window, locked.url)
-    assert window.js("document.cookie") == "" and window.js("document.referrer") in ("", f"http://{host}:{other_site}/")
+    assert window.js("document.cookie") == "" and window.js("document.referrer") in (
+        "",
+        f"http://{host}:{other_site}/",
+    )
 
 
 def test_the_form_takes_the_token(browser, window, locked):
@@ -678,7 +872,9 @@ def test_the_form_takes_the_token(browser, window, locked):
     window.js("document.querySelector('input').focus()")
     window.type("wrong-token")
     window.press("Enter")
-    window.wait("/token/i.test(document.querySelector('output, [role=alert], [role=status]').textContent)")
+    window.wait(
+        "/token/i.test(document.querySelector('output, [role=alert], [role=status]').textContent)"
+    )
     after = window.js("location.href")
     window.js("document.querySelector('input').value = ''")
     window.type(TOKEN)

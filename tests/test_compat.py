@@ -51,8 +51,20 @@ def modules(pytestconfig: pytest.Config) -> Path:
     if not (shutil.which("node") and shutil.which("npm")):
         unavailable("node and npm are not installed")
     assert pytestconfig.cache
-    folder = pytestconfig.cache.mkdir("compat-" + "-".join(name.rpartition("@")[2] for name in MODULES))
-    command = ["npm", "install", "--silent", "--no-save", "--no-audit", "--no-fund", "--prefix", str(folder), *MODULES]
+    folder = pytestconfig.cache.mkdir(
+        "compat-" + "-".join(name.rpartition("@")[2] for name in MODULES)
+    )
+    command = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-save",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(folder),
+        *MODULES,
+    ]
     if not all((folder / "node_modules" / name.rpartition("@")[0]).is_dir() for name in MODULES):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
@@ -78,7 +90,10 @@ def test_the_check_finds_what_is_too_new(modules: Path, tmp_path: Path) -> None:
     code, found = check(page, modules)
 
     assert code == 1
-    wanted = [f"line {line}: {what}" for line, what in enumerate(TOO_NEW.values(), OLD_ENOUGH.count("\n") + 1)]
+    wanted = [
+        f"line {line}: {what}"
+        for line, what in enumerate(TOO_NEW.values(), OLD_ENOUGH.count("\n") + 1)
+    ]
     assert [want for want in wanted if not any(line.startswith(want) for line in found)] == []
 
 

@@ -226,7 +226,11 @@ def followed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     server = Server(log, "--initial", 131072, "--interval", 0.3, folder=folder, prefix=prefix)
     witness = Viewer(server, json=True)
-    yield server, server.looking_away if request.param == "away" else contextlib.nullcontext, witness
+    yield (
+        server,
+        server.looking_away if request.param == "away" else contextlib.nullcontext,
+        witness,
+    )
     witness.close()
     server.check()
 
@@ -248,7 +252,9 @@ def test_the_text_is_what_was_written_when_the_log(happens, reasons, followed, v
 
     assert viewer.joined() == first + added + "marker\n"
     assert len(viewer.reasons()) == len(reasons)
-    assert all(got in allowed.split() for got, allowed in zip(viewer.reasons(), reasons, strict=True))
+    assert all(
+        got in allowed.split() for got, allowed in zip(viewer.reasons(), reasons, strict=True)
+    )
 
 
 def test_a_plain_viewer_gets_the_same_text(serve, view, log):
@@ -256,7 +262,12 @@ def test_a_plain_viewer_gets_the_same_text(serve, view, log):
     server = serve(log, "--initial", 131072)
     viewer, expected = view(server).wait(FIRST), FIRST
 
-    for happens in (renamed_and_created, replaced_by_an_identical_copy, truncated, deleted_and_recreated_longer):
+    for happens in (
+        renamed_and_created,
+        replaced_by_an_identical_copy,
+        truncated,
+        deleted_and_recreated_longer,
+    ):
         expected += happens(log)
         viewer.wait(expected)
 
@@ -450,7 +461,11 @@ def test_a_missing_log_is_told_and_its_return_is_a_rotation(serve, view, log):
     written = add(log, "new")
 
     assert viewer.wait(written).joined() == FIRST + late + written
-    assert (viewer.states(), viewer.reasons(), status) == (["missing", "ok"], ["rotated"], (503, 503))
+    assert (viewer.states(), viewer.reasons(), status) == (
+        ["missing", "ok"],
+        ["rotated"],
+        (503, 503),
+    )
     assert newcomer.wait(written).states() == ["missing", "ok"]
     assert server.get("/healthz")[0] == 200
 
@@ -573,7 +588,9 @@ def test_a_link_is_followed_and_may_turn_to_another_file(how, serve, view, log, 
 
     for target in targets[1:]:
         with server.looking_away() if how == "away" else contextlib.nullcontext():
-            expected += add(log, f"more before {target.parent.name}") + add(target, target.parent.name)
+            expected += add(log, f"more before {target.parent.name}") + add(
+                target, target.parent.name
+            )
             Path(f"{log}.link").symlink_to(target)
             os.replace(f"{log}.link", log)
         viewer.wait(expected)
@@ -655,7 +672,9 @@ def test_room_that_a_writer_took_is_no_log(early, serve, view, log):
 # slow viewers and files that go
 
 
-@pytest.mark.parametrize("happens", [renamed_and_created, deleted_and_recreated_longer, rotated_three_times])
+@pytest.mark.parametrize(
+    "happens", [renamed_and_created, deleted_and_recreated_longer, rotated_three_times]
+)
 def test_a_viewer_that_lags_gets_the_rest_of_a_file_that_is_gone(happens, serve, view, log):
     server, quick = start(serve, view, log, dev=False)
     slow = view(server, json=True, receive_buffer=4096).wait(FIRST)

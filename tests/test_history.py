@@ -137,7 +137,9 @@ def search_status(server, query, **more):
 def in_javascript(queries, texts):
     """For each (query, case): the numbers of the matching lines, as the language says and as the page finds them."""
     asked = {"queries": queries, "lines": [line.hex() for line in texts], "page": str(PAGE)}
-    finished = subprocess.run(["node", "-e", JAVASCRIPT], input=json.dumps(asked), capture_output=True, text=True)
+    finished = subprocess.run(
+        ["node", "-e", JAVASCRIPT], input=json.dumps(asked), capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
@@ -168,9 +170,13 @@ def compare(serve, log, queries, texts):
     server = serve(log, "--rate-limit", 0, dev=False)
     answers = on_the_server(server, queries, texts)
     wrong = []
-    for (query, case), told, found in zip(queries, in_javascript(queries, texts), answers, strict=True):
+    for (query, case), told, found in zip(
+        queries, in_javascript(queries, texts), answers, strict=True
+    ):
         for who, numbers in (("server", found), ("page", told["page"])):
-            wrong += [[who, query, case, texts[number]] for number in {*numbers} ^ {*told["oracle"]}]
+            wrong += [
+                [who, query, case, texts[number]] for number in {*numbers} ^ {*told["oracle"]}
+            ]
     return wrong
 
 
@@ -241,7 +247,9 @@ def test_bytes_that_are_no_characters_never_hide_a_line(serve, log):
         for bad in (b"\xff", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc3(", b"\xed\xa0\x80", b"")
     ]
 
-    wrong = compare(serve, log, [["needle .+x?$ -absent", False], ["needle -^.{1,3}needle", False]], texts)
+    wrong = compare(
+        serve, log, [["needle .+x?$ -absent", False], ["needle -^.{1,3}needle", False]], texts
+    )
 
     assert not wrong
 
@@ -252,9 +260,13 @@ def test_bytes_that_are_no_characters_never_hide_a_line(serve, log):
 def grep(log, *options):
     """(start, end) of the lines that GNU grep finds."""
     command = ["grep", "-a", "-b", *options, str(log)]
-    found = subprocess.run(command, capture_output=True, env={"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}).stdout
+    found = subprocess.run(
+        command, capture_output=True, env={"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
+    ).stdout
     rows = [line.partition(b":") for line in found.split(b"\n")[:-1]]
-    return [(int(start), min(int(start) + len(text) + 1, log.stat().st_size)) for start, _, text in rows]
+    return [
+        (int(start), min(int(start) + len(text) + 1, log.stat().st_size)) for start, _, text in rows
+    ]
 
 
 def check_answer(answer, expected, low=0):
@@ -268,7 +280,11 @@ def check_answer(answer, expected, low=0):
 
 def all_pages(server, query, limit, before=None, **more):
     """Every answer down to the beginning of the log, the newest first; they join."""
-    answers = [search(server, query, limit=limit, **({"before": before} if before is not None else {}), **more)]
+    answers = [
+        search(
+            server, query, limit=limit, **({"before": before} if before is not None else {}), **more
+        )
+    ]
     while before := answers[-1]["scanned"][0]:
         answers.append(search(server, query, limit=limit, before=before, **more))
         assert answers[-1]["scanned"][1] == before > answers[-1]["scanned"][0]
@@ -279,7 +295,9 @@ def numbered(count, every, seed=1):
     """Lines of odd lengths and bytes, of which each so-manieth is a needle with a number."""
     dice = random.Random(seed)
     for number in range(count):
-        body = b"hay \xff\0 \xc3\xa9\r"[: dice.randint(0, 10)] + b"x" * int(dice.expovariate(1 / 80))
+        body = b"hay \xff\0 \xc3\xa9\r"[: dice.randint(0, 10)] + b"x" * int(
+            dice.expovariate(1 / 80)
+        )
         yield body + (b" Needle-%06d" % number if number % every == 0 else b"") + b"\n"
 
 
@@ -292,9 +310,14 @@ def test_paging_visits_every_match_once_and_ends_at_the_beginning(limit, serve, 
     answers = all_pages(server, "needle", limit)
 
     assert answers[0]["scanned"][1] == answers[0]["size"] == log.stat().st_size == expected[-1][1]
-    assert [place for answer in reversed(answers) for place in check_answer(answer, expected)] == expected
+    assert [
+        place for answer in reversed(answers) for place in check_answer(answer, expected)
+    ] == expected
     for answer in answers[:-1]:
-        assert len(answer["matches"]) == limit and answer["scanned"][0] == answer["matches"][0]["start"]
+        assert (
+            len(answer["matches"]) == limit
+            and answer["scanned"][0] == answer["matches"][0]["start"]
+        )
     assert "skipped" not in answers[0] or not answers[0]["skipped"]
 
 
@@ -308,7 +331,10 @@ def test_every_needle_is_found_by_its_number_and_no_other(serve, log):
         found = [match for answer in answers for match in answer["matches"]]
 
         assert [(match["start"], match["end"]) for match in found] == [place]
-        assert found[0]["text"].encode() == log.read_bytes()[slice(*place)][:-1].decode(errors="replace").encode()
+        assert (
+            found[0]["text"].encode()
+            == log.read_bytes()[slice(*place)][:-1].decode(errors="replace").encode()
+        )
     assert all_pages(server, "needle-000001", 200)[-1]["matches"] == []
 
 
@@ -329,7 +355,9 @@ def test_a_search_begins_anywhere(serve, log):
         check_answer(answer, expected)
 
         assert answer["scanned"][1] <= before
-        assert [place for place in expected if answer["scanned"][1] <= place[0] and place[1] <= before] == []
+        assert [
+            place for place in expected if answer["scanned"][1] <= place[0] and place[1] <= before
+        ] == []
         assert before not in ends or answer["scanned"][1] == before
 
 
@@ -352,7 +380,9 @@ def test_an_answer_is_bounded_and_nothing_is_skipped_by_it(serve, log):
 
     answers = all_pages(server, "needle", 1000)
 
-    assert all(sum(len(match["text"]) for match in answer["matches"]) < 1.1 * MIB for answer in answers)
+    assert all(
+        sum(len(match["text"]) for match in answer["matches"]) < 1.1 * MIB for answer in answers
+    )
     found = [match["start"] for answer in reversed(answers) for match in answer["matches"]]
     assert found == [number * 20_012 for number in range(300)]
 
@@ -373,10 +403,12 @@ def test_what_is_not_searched_is_named_and_what_is_around_it_is_found(serve, log
     assert [match["text"].lstrip("\0") for match in found] == [
         f"{word} needle" for word in ("first", "second", "third", "last")
     ]
-    assert [found[1]["start"], found[1]["end"]] == [whole[1], whole[1] + len(second)] and found[2]["end"] == hole[
-        1
-    ] + 13
-    (start, end), *holes = sorted(stretch for answer in answers for stretch in answer.get("skipped", []))
+    assert [found[1]["start"], found[1]["end"]] == [whole[1], whole[1] + len(second)] and found[2][
+        "end"
+    ] == hole[1] + 13
+    (start, end), *holes = sorted(
+        stretch for answer in answers for stretch in answer.get("skipped", [])
+    )
     assert (start, end) == whole
     assert holes and all(hole[0] <= start < end <= hole[1] for start, end in holes)
 
@@ -385,7 +417,9 @@ def test_case_counts_only_with_case_1(serve, log):
     append(log, "Needle\nneedle\n")
     server = serve(log)
 
-    counts = [len(search(server, "Needle", **more)["matches"]) for more in ({}, {"case": 1}, {"case": 0})]
+    counts = [
+        len(search(server, "Needle", **more)["matches"]) for more in ({}, {"case": 1}, {"case": 0})
+    ]
 
     assert counts == [2, 1, 2]
 
@@ -451,7 +485,12 @@ def test_any_range_is_the_bytes(serve, log):
 def test_every_answer_names_its_generation(serve, log):
     append(log, lines(10))
     server = serve(log)
-    paths = ["/api/audit", "/api/search?q=x", "/api/timeline", "/api/seek?time=2025-12-17T17:40:37Z"]
+    paths = [
+        "/api/audit",
+        "/api/search?q=x",
+        "/api/timeline",
+        "/api/seek?time=2025-12-17T17:40:37Z",
+    ]
 
     tags = [server.get(path)[1]["ETag"] for path in paths]
     log.rename(f"{log}.1")
@@ -459,12 +498,19 @@ def test_every_answer_names_its_generation(serve, log):
     eventually(lambda: server.get("/api/audit", If_Match=tags[0])[0] == 412)
 
     assert len(set(tags)) == 1 and tags[0]
-    bad = ["/api/search?q=", "/api/search?q=x&limit=0", "/api/timeline?points=0", "/api/seek?time=soon"]
+    bad = [
+        "/api/search?q=",
+        "/api/search?q=x&limit=0",
+        "/api/timeline?points=0",
+        "/api/seek?time=soon",
+    ]
     tag = server.get(paths[0])[1]["ETag"]
     assert {(answer[0], answer[1]["ETag"]) for answer in map(server.get, bad)} == {(400, tag)}
     assert server.get(paths[0], If_Match=f'"x", {tag}')[0] == 200
     assert [server.get(path, If_Match=tags[0])[0] for path in paths] == [412] * 4
-    assert [server.get(path, If_Match=server.get(path)[1]["ETag"])[0] for path in paths] == [200] * 4
+    assert [server.get(path, If_Match=server.get(path)[1]["ETag"])[0] for path in paths] == [
+        200
+    ] * 4
 
 
 # a large log, expensive questions
@@ -534,7 +580,9 @@ def test_a_large_log_is_searched_in_calls_that_join(serve, large):
 
     answers = all_pages(server, "needle", 200)
 
-    assert [place for answer in reversed(answers) for place in check_answer(answer, expected)] == expected
+    assert [
+        place for answer in reversed(answers) for place in check_answer(answer, expected)
+    ] == expected
     assert all(answer["scanned"][1] - answer["scanned"][0] <= 257 * MIB for answer in answers)
 
 
@@ -586,7 +634,9 @@ def test_a_search_ends_when_its_client_goes_away(serve, large):
     server = serve(large, dev=False)
 
     with server.connect() as client:
-        client.sendall(f"GET /api/search?q={quote(EXPENSIVE)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        client.sendall(
+            f"GET /api/search?q={quote(EXPENSIVE)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        )
         eventually(lambda: children(server))
     eventually(lambda: not children(server), 1, "its grep goes on")
 
@@ -595,7 +645,9 @@ def test_a_stop_ends_the_searches(serve, large):
     server = serve(large, dev=False)
 
     with server.connect() as client:
-        client.sendall(f"GET /api/search?q={quote(EXPENSIVE)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        client.sendall(
+            f"GET /api/search?q={quote(EXPENSIVE)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        )
         (child,) = eventually(lambda: children(server))
         code = server.stop(signal.SIGTERM, within=2)
 
@@ -666,14 +718,19 @@ def stamped(moment, form):
 
 def time_in(line):
     found = re.match(rb"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)Z\]", line)
-    return datetime.fromisoformat(found[1].decode()).replace(tzinfo=UTC).timestamp() if found else None
+    return (
+        datetime.fromisoformat(found[1].decode()).replace(tzinfo=UTC).timestamp() if found else None
+    )
 
 
 def journal(count, form="[{:%Y-%m-%dT%H:%M:%SZ}] ", seed=5, step=7):
     """Entries with their times, tracebacks between: (moment or None, line)."""
     dice, moment = random.Random(seed), 1_766_000_000
     for number in range(count):
-        yield moment, stamped(moment, form) + f"entry {number} – " + "x" * dice.randint(0, 100) + "\n"
+        yield (
+            moment,
+            stamped(moment, form) + f"entry {number} – " + "x" * dice.randint(0, 100) + "\n",
+        )
         moment += dice.randint(0, step)
         for _ in range(dice.choice([0, 0, 0, 1, 5])):
             yield None, '  File "/srv/repair.py", line 17, in 2025-12-17T17:40:37Z\n'
@@ -697,13 +754,17 @@ def test_the_timeline_is_points_spread_over_the_log(points, serve, log):
     written = log.read_bytes()
     starts = {0, *(match.end() for match in re.finditer(rb"\n", written))}
 
-    answer = json.loads(serve(log).get("/api/timeline" + (f"?points={points}" if points else ""))[2])
+    answer = json.loads(
+        serve(log).get("/api/timeline" + (f"?points={points}" if points else ""))[2]
+    )
 
     offsets = [offset for offset, _ in answer["points"]]
     wanted = points or 200
     assert answer["size"] == len(written) and len(offsets) == wanted
     assert offsets == sorted(set(offsets)) and starts.issuperset(offsets)
-    assert [moment for _, moment in answer["points"]] == [time_in(written[at : at + 64]) for at in offsets]
+    assert [moment for _, moment in answer["points"]] == [
+        time_in(written[at : at + 64]) for at in offsets
+    ]
     gaps = [end - start for start, end in zip([0, *offsets], [*offsets, len(written)], strict=True)]
     assert max(gaps) <= len(written) / wanted + 500
 
@@ -742,7 +803,9 @@ def test_a_walk_through_the_times_holds_up_neither_a_range_nor_the_stop(serve, l
     with contextlib.ExitStack() as stack:
         for _ in range(8):
             client = stack.enter_context(server.connect())
-            client.sendall(f"GET /api/seek?time=2025-12-17 HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+            client.sendall(
+                f"GET /api/seek?time=2025-12-17 HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode()
+            )
         eventually(lambda: server.cpu() > 0.5)
         status, _, body = server.get("/api/audit", Range="bytes=999-1007")
 
@@ -772,15 +835,24 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_seek_finds_the_first_entry_at_or_after_a_time(form, serve, log):
     places = write_journal(log, journal(12_000, form))
-    server, dice, size = serve(log, "--rate-limit", 0, dev=False), random.Random(6), log.stat().st_size
+    server, dice, size = (
+        serve(log, "--rate-limit", 0, dev=False),
+        random.Random(6),
+        log.stat().st_size,
+    )
 
     for _ in range(60):
         moment = dice.randint(places[0][1] - 5, places[-1][1] + 5)
-        assert seek(server, stamped(moment, "{:%Y-%m-%dT%H:%M:%SZ}")) == first_at(places, moment, size), moment
+        assert seek(server, stamped(moment, "{:%Y-%m-%dT%H:%M:%SZ}")) == first_at(
+            places, moment, size
+        ), moment
 
 
 def test_seek_takes_the_usual_ways_to_write_a_time(serve, log):
-    append(log, "[2025-12-17T17:40:36Z] a\n[2025-12-17T17:40:37.250Z] b\n  traceback\n[2025-12-17T17:40:38Z] c\n")
+    append(
+        log,
+        "[2025-12-17T17:40:36Z] a\n[2025-12-17T17:40:37.250Z] b\n  traceback\n[2025-12-17T17:40:38Z] c\n",
+    )
     server, b = serve(log), [25, 1765993237.25]
 
     for text in (
@@ -791,7 +863,11 @@ def test_seek_takes_the_usual_ways_to_write_a_time(serve, log):
     ):
         assert [seek(server, text), seek(server, f"[{text}]")] == [b, b], text
     assert seek(server, "2025-12-17T12:40:37.25-05:00") == b
-    for text in ("2025-12-17T18:40:37+01:00", "2025-12-17T18:40:37.25+0100", "2025-12-17T18:40:36,5+01"):
+    for text in (
+        "2025-12-17T18:40:37+01:00",
+        "2025-12-17T18:40:37.25+0100",
+        "2025-12-17T18:40:36,5+01",
+    ):
         assert json.loads(server.get(f"/api/seek?time={text}")[2])["offset"] == b[0], text
     assert seek(server, "2025-12-17T17:40:37.251Z")[1] == 1765993238
     assert seek(server, "1999-01-01T00:00:00Z") == [0, 1765993236]
@@ -800,15 +876,26 @@ def test_seek_takes_the_usual_ways_to_write_a_time(serve, log):
 
 def test_seek_finds_the_first_of_many_entries_of_one_time(serve, log):
     write_journal(log, journal(500))
-    same = write_journal(log, ((1_770_000_000, f"[2026-02-02T02:40:00Z] same {number}\n") for number in range(20_000)))
-    write_journal(log, ((1_770_000_001, f"[2026-02-02T02:40:01Z] later {number}\n") for number in range(2000)))
+    same = write_journal(
+        log,
+        ((1_770_000_000, f"[2026-02-02T02:40:00Z] same {number}\n") for number in range(20_000)),
+    )
+    write_journal(
+        log, ((1_770_000_001, f"[2026-02-02T02:40:01Z] later {number}\n") for number in range(2000))
+    )
 
     assert seek(serve(log), "2026-02-02T02:40:00Z") == same[0]
 
 
 HOLE = "a hole of 4 GiB"
 TRACEBACK = "  a traceback\n"
-BETWEEN = [TRACEBACK * 20_000, TRACEBACK * 5_500_000, "x" * 2 * MIB + "\n", "x" * 200 * MIB + "\n", HOLE]
+BETWEEN = [
+    TRACEBACK * 20_000,
+    TRACEBACK * 5_500_000,
+    "x" * 2 * MIB + "\n",
+    "x" * 200 * MIB + "\n",
+    HOLE,
+]
 
 
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda text: text[:4] + str(len(text)))
@@ -818,7 +905,9 @@ def test_seek_passes_what_has_no_time(between, serve, log):
         os.truncate(log, 4 << 30)
     else:
         append(log, between)
-    second = write_journal(log, ((1_770_000_000 + n, f"[2026-02-02T02:40:{n:02d}Z] new {n}\n") for n in range(60)))
+    second = write_journal(
+        log, ((1_770_000_000 + n, f"[2026-02-02T02:40:{n:02d}Z] new {n}\n") for n in range(60))
+    )
     server = serve(log, "--rate-limit", 0, dev=False)
 
     for place in (*first[::100], *second[::30]):

@@ -6,7 +6,20 @@ import json
 import re
 import time
 
-from harness import FIRST, RIGHT, add, append, eventually, free_port, handshake, launch, of, said_by, samples, status
+from harness import (
+    FIRST,
+    RIGHT,
+    add,
+    append,
+    eventually,
+    free_port,
+    handshake,
+    launch,
+    of,
+    said_by,
+    samples,
+    status,
+)
 
 
 def test_a_viewer_too_many_gets_503_until_one_leaves(serve, log):
@@ -28,8 +41,13 @@ def test_answers_are_limited_by_the_minute_and_the_address(serve, log):
 
     accepted = [handshake(server) for _ in range(80)]
     refused = [handshake(server, "Origin: http://evil.example") for _ in range(10)]
-    statuses = [status(server, path) for path in itertools.islice(itertools.cycle(("/healthz", "/", "/other")), 48)]
-    code, headers, body = eventually(lambda: (answer := server.get("/metrics"))[0] == 429 and answer)
+    statuses = [
+        status(server, path)
+        for path in itertools.islice(itertools.cycle(("/healthz", "/", "/other")), 48)
+    ]
+    code, headers, body = eventually(
+        lambda: (answer := server.get("/metrics"))[0] == 429 and answer
+    )
     elsewhere = status(server, source="127.0.0.2")
     wait = int(headers["Retry-After"])
     eventually(lambda: status(server) == 200, seconds=wait + 1)
@@ -91,7 +109,9 @@ def test_slow_clients_get_their_page_and_half_requests_an_end(locked):
         for number, client in enumerate(halves[:9]):
             client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: 4 * number])
         slow = stack.enter_context(locked.connect(receive_buffer=2048))
-        slow.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {RIGHT}\r\n\r\n".encode())
+        slow.sendall(
+            f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {RIGHT}\r\n\r\n".encode()
+        )
         answer = bytearray()
         while piece := slow.recv(1000):
             answer += piece
@@ -148,6 +168,8 @@ def test_metrics_tell_what_happens(locked, log, view):
     assert moved("generation", since=during) == moved("generation", "rotated", since=during) == 1
     assert of(after, "behind") == 0
     assert clock - 60 < of(after, "start_time") < clock
-    assert of(after, "build_info") == 1 and any('version="' in name for name in after if "build_info" in name)
+    assert of(after, "build_info") == 1 and any(
+        'version="' in name for name in after if "build_info" in name
+    )
     assert all(after.get(name, 0) >= value for name, value in before.items() if "_total" in name)
     eventually(lambda: of(samples(locked), "viewers") == 0)

@@ -41,7 +41,10 @@ def test_a_minute_of_nothing_ends_a_viewer_and_slowness_does_not(serve, view, lo
     others = server.sockets()
     with open(log, "ab", buffering=0) as old, contextlib.ExitStack() as stack:
         stuck = [stack.enter_context(server.upgrade(receive_buffer=4096)) for _ in range(3)]
-        slow = [view(server, json=True, receive_buffer=4096, pace=2000).wait(lines(1, 9)) for _ in range(2)]
+        slow = [
+            view(server, json=True, receive_buffer=4096, pace=2000).wait(lines(1, 9))
+            for _ in range(2)
+        ]
         idle = view(server, json=True).wait(lines(1, 9))
         began, seen = time.monotonic(), {}
 
@@ -62,7 +65,11 @@ def test_a_minute_of_nothing_ends_a_viewer_and_slowness_does_not(serve, view, lo
             viewer.wait("late\n", 20).wait("marker\n", 20).joined()
             assert viewer.texts() == [lines(60_001, 9) + "late\n", added]
     assert seen == {25: len(stuck) + 3, 50: len(stuck) + 3, 90: 3}
-    checked = [moment for moment, frame in zip(idle.times, idle.frames, strict=True) if frame["type"] == "checked"]
+    checked = [
+        moment
+        for moment, frame in zip(idle.times, idle.frames, strict=True)
+        if frame["type"] == "checked"
+    ]
     assert len(checked) >= 4 and min(b - a for a, b in itertools.pairwise(checked)) > 9.5
     assert {(frame["size"], frame["end"]) for frame in idle.of("checked")} == {(size, size)}
 

@@ -58,10 +58,16 @@ def test_the_last_forwarded_address_counts(serve, log):
 
     statuses = [status(server, "/healthz", X_Forwarded_For=value) for value in invented]
     doubled = "".join(f"X-Forwarded-For: {address}\r\n" for address in ("10.1.1.1", FORWARDED))
-    strange = [status(server, "/healthz", X_Forwarded_For=value) for value in ("", ",", "x", "::1%lo", "é", "1" * 4000)]
+    strange = [
+        status(server, "/healthz", X_Forwarded_For=value)
+        for value in ("", ",", "x", "::1%lo", "é", "1" * 4000)
+    ]
 
     assert statuses == [503] * 3 + [429] * 7
-    assert server.raw(f"GET /healthz HTTP/1.1\r\nHost: localhost\r\n{doubled}\r\n".encode()).split()[1] == b"429"
+    assert (
+        server.raw(f"GET /healthz HTTP/1.1\r\nHost: localhost\r\n{doubled}\r\n".encode()).split()[1]
+        == b"429"
+    )
     assert set(strange) <= {503, 429}
 
 
@@ -71,9 +77,14 @@ def test_only_a_trusted_proxy_names_the_scheme(serve, log, secret):
     fields = [f"Authorization: {RIGHT}", "X-Forwarded-Proto: https"]
     origins = ("http://audit.example", "https://audit.example")
 
-    attributes = [cookie_of(server.get(f"/?token={TOKEN}", **secure)[1])[1] for server in (plain, proxied)]
+    attributes = [
+        cookie_of(server.get(f"/?token={TOKEN}", **secure)[1])[1] for server in (plain, proxied)
+    ]
     statuses = [
-        [handshake(server, *fields, f"Origin: {origin}", host="audit.example") for origin in origins]
+        [
+            handshake(server, *fields, f"Origin: {origin}", host="audit.example")
+            for origin in origins
+        ]
         for server in (plain, proxied)
     ]
 
@@ -123,9 +134,16 @@ def nginx(tmp_path):
             behind = copy.copy(server)
             behind.port, user = free_port(), "user root;" if os.geteuid() == 0 else ""
             file = tmp_path / "nginx.conf"
-            places = {"folder": tmp_path, "below": BELOW, "port": behind.port, "upstream": server.port}
+            places = {
+                "folder": tmp_path,
+                "below": BELOW,
+                "port": behind.port,
+                "upstream": server.port,
+            }
             file.write_text(CONFIGURATION.format(user=user, **places))
-            process = subprocess.Popen([program, "-e", str(tmp_path / "error.log"), "-c", str(file)])
+            process = subprocess.Popen(
+                [program, "-e", str(tmp_path / "error.log"), "-c", str(file)]
+            )
             stack.callback(process.wait, 10)
             stack.callback(process.terminate)
             eventually(behind.listens)
@@ -157,8 +175,14 @@ def test_behind_nginx_below_a_path_all_is_as_without(serve, nginx, log, secret):
     below = functools.partial(handshake, behind, f"Cookie: {pair}", path=f"{BELOW}/ws/audit")
     assert below(f"Origin: {own}", "X-Forwarded-Proto: https") == 101
     assert below(f"Origin: {own.replace('http', 'https')}", "X-Forwarded-Proto: https") == 403
-    assert below("Origin: http://evil.example") == below(f"Origin: http://127.0.0.1:{behind.port + 1}") == 403
-    invented = ({"X_Forwarded_For": f"10.9.8.{number}", "Authorization": "Bearer x"} for number in range(11))
+    assert (
+        below("Origin: http://evil.example")
+        == below(f"Origin: http://127.0.0.1:{behind.port + 1}")
+        == 403
+    )
+    invented = (
+        {"X_Forwarded_For": f"10.9.8.{number}", "Authorization": "Bearer x"} for number in range(11)
+    )
     assert [status(behind, f"{BELOW}/", **fields) for fields in invented] == [401] * 10 + [429]
 
 
@@ -166,13 +190,19 @@ INNER = "GET /smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\nX: "
 CHUNKED = f"0\r\n\r\n{INNER}"
 SMUGGLED = {
     "CL.TE": (f"Content-Length: {len(CHUNKED)}\r\nTransfer-Encoding: chunked", CHUNKED),
-    "TE.CL": ("Transfer-Encoding: chunked\r\nContent-Length: 4", f"{len(INNER):x}\r\n{INNER}\r\n0\r\n\r\n"),
+    "TE.CL": (
+        "Transfer-Encoding: chunked\r\nContent-Length: 4",
+        f"{len(INNER):x}\r\n{INNER}\r\n0\r\n\r\n",
+    ),
     "TE.TE": ("Transfer-Encoding: chunked\r\nTransfer-Encoding: x", CHUNKED),
     "TE with a tab": (f"Transfer-Encoding:\tchunked\r\nContent-Length: {len(CHUNKED)}", CHUNKED),
     "TE with a space": (f"Transfer-Encoding : chunked\r\nContent-Length: {len(CHUNKED)}", CHUNKED),
     "CL.0": (f"Content-Length: {len(INNER)}", INNER),
     "CL.CL": (f"Content-Length: 0\r\nContent-Length: {len(INNER)}", INNER),
-    "no handshake": ("Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 99", INNER),
+    "no handshake": (
+        "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 99",
+        INNER,
+    ),
     "line feed": (f"X: y\n\n{INNER}", ""),
     "in a header": (f"X: y\rContent-Length: {len(INNER)}", INNER),
 }

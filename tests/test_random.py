@@ -19,8 +19,13 @@ import pytest
 from harness import Server, Viewer, append, eventually, free_port, pack, shift
 
 STEPS = 150
-PROVED = 4096  # bytes before the end of what was sent: after a cut, they tell where the stream goes on
-ODD = [word.encode() for word in ("a", "b ", "é", "✅", "😀", "\u2028", "\r", "\0.", "\x1b[0m", "\ufeff", "\t")]
+PROVED = (
+    4096  # bytes before the end of what was sent: after a cut, they tell where the stream goes on
+)
+ODD = [
+    word.encode()
+    for word in ("a", "b ", "é", "✅", "😀", "\u2028", "\r", "\0.", "\x1b[0m", "\ufeff", "\t")
+]
 ODD += [b"\xff", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x80"]
 
 
@@ -37,7 +42,11 @@ class Life:
         return f"life {self.number} of {len(self.data)} bytes"
 
     def shared(self):
-        return len(os.path.commonprefix([bytes(self.data), bytes(self.parent.data)])) if self.parent else 0
+        return (
+            len(os.path.commonprefix([bytes(self.data), bytes(self.parent.data)]))
+            if self.parent
+            else 0
+        )
 
     def says(self, start, end, text):
         return end <= len(self.data) and self.data[start:end].decode(errors="replace") == text
@@ -48,7 +57,10 @@ class Reading:
 
     def __init__(self, lives, life, start):
         self.lives, self.first, self.start = lives, life, start
-        self.current, self.entered = life, None  # a new generation has no life until its first bytes come
+        self.current, self.entered = (
+            life,
+            None,
+        )  # a new generation has no life until its first bytes come
         self.names, self.leapt = {}, False
         self.parts = {life: [(start, start, "")]}
 
@@ -77,20 +89,28 @@ class Reading:
         if known in fits and self.position(known) == start:
             return known
         joining = [life for life in fits if self.joins(life, start)]
-        assert joining, f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits}, does not join {self}"
-        self.names[name] = life = min(joining, key=lambda life: (life.number < self.current.number, life.number))
+        assert joining, (
+            f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits}, does not join {self}"
+        )
+        self.names[name] = life = min(
+            joining, key=lambda life: (life.number < self.current.number, life.number)
+        )
         if life.number > self.current.number:
             self.current, self.entered = life, None
         return life
 
     def says(self, frame):
-        return [life for life in self.lives if life.says(frame["start"], frame["end"], frame["text"])]
+        return [
+            life for life in self.lives if life.says(frame["start"], frame["end"], frame["text"])
+        ]
 
     def joins(self, life, start):
         if life in self.parts:
             return self.position(life) == start
         if life.number < self.current.number:
-            return life.number < self.first.number  # written late to a file that was rotated before we came
+            return (
+                life.number < self.first.number
+            )  # written late to a file that was rotated before we came
         if self.entered is not None:
             return self.entered == start and (self.leapt or start <= life.shared())
         return self.position(self.current) == start <= life.shared()  # it was cut behind this place
@@ -111,11 +131,17 @@ class Reading:
     def inherited(self, life):
         """What came of a life as the beginning of a later one."""
         heirs = [each for each in self.lives if each.parent is life]
-        return [(a, min(b, heir.shared())) for heir in heirs for a, b in self.got(heir) + self.inherited(heir)]
+        return [
+            (a, min(b, heir.shared()))
+            for heir in heirs
+            for a, b in self.got(heir) + self.inherited(heir)
+        ]
 
     def got(self, life):
         before = [(0, self.start)] if life is self.first else []
-        return before + [(start, end) for start, end, text in self.parts.get(life, []) if text is not None]
+        return before + [
+            (start, end) for start, end, text in self.parts.get(life, []) if text is not None
+        ]
 
     def missing(self, life):
         at = 0
@@ -134,16 +160,24 @@ class Reading:
         for life in self.lives[self.first.number : last.number + 1]:
             told = self.position(life) if refused and life in self.parts else math.inf
             for start, end in self.missing(life):
-                assert start >= min(life.gone, told), f"{start} to {end} of {life} never came, in {self}"
+                assert start >= min(life.gone, told), (
+                    f"{start} to {end} of {life} never came, in {self}"
+                )
             joined = "".join(text for _, _, text in self.parts.get(life, []) if text)
             spans = [(start, end) for start, end, text in self.parts.get(life, []) if text]
-            assert joined == b"".join(bytes(life.data[slice(*span)]) for span in spans).decode(errors="replace")
+            assert joined == b"".join(bytes(life.data[slice(*span)]) for span in spans).decode(
+                errors="replace"
+            )
             if life.kept and life is not self.first and spans and self.parts.get(life.parent):
                 sent = self.position(life.parent)
-                assert spans[0][0] >= min(life.kept, sent) - 3, f"{life} again from {spans[0][0]}, {life.kept} was kept"
+                assert spans[0][0] >= min(life.kept, sent) - 3, (
+                    f"{life} again from {spans[0][0]}, {life.kept} was kept"
+                )
 
     def __repr__(self):
-        places = [f"{life.number}: {parts[-1][0]}-{parts[-1][1]}" for life, parts in self.parts.items()]
+        places = [
+            f"{life.number}: {parts[-1][0]}-{parts[-1][1]}" for life, parts in self.parts.items()
+        ]
         return f"reading from {self.start} of {self.first}, now in {self.current} ({self.entered}): {places[-9:]}"
 
 
@@ -192,7 +226,9 @@ class Eye:
             places = [(each, parts[-1][1]) for each, parts in reading.parts.items()]
             places = [place for place in places if place[0].number >= reading.current.number - 1]
             refused = f"refused: {snapshot['reason']}, {reading}"
-            assert snapshot["reason"] in ("ahead", "changed") and any(each.gone < at for each, at in places), refused
+            assert snapshot["reason"] in ("ahead", "changed") and any(
+                each.gone < at for each, at in places
+            ), refused
             reading.check(reading.current, refused=True)
         return Reading(self.scene.lives, life, snapshot["start"])
 
@@ -205,7 +241,9 @@ class Scene:
         self.log, self.folder = folder / "log", folder
         self.port, self.server = free_port(), None
         self.lives, self.count = [Life(0)], itertools.count()
-        self.late = None  # the life that was renamed last, as long as something may be written to it
+        self.late = (
+            None  # the life that was renamed last, as long as something may be written to it
+        )
         self.open_line = self.unnoticed = self.down = False
         self.plain, self.eyes, self.away = [], [], []
         self.done = []
@@ -221,7 +259,10 @@ class Scene:
         self.open_line = not data.endswith(b"\n")
 
     def line(self, most=60):
-        return b"%d:%b\n" % (next(self.count), b"".join(self.dice.choices(ODD, k=self.dice.randint(0, most))))
+        return b"%d:%b\n" % (
+            next(self.count),
+            b"".join(self.dice.choices(ODD, k=self.dice.randint(0, most))),
+        )
 
     def append(self):
         data = b"".join(self.line() for _ in range(self.dice.choice([1, 1, 2, 5, 40])))
@@ -278,7 +319,11 @@ class Scene:
 
     def replace(self):
         self.replace_unseen()
-        eventually(lambda: self.down or not self.log.exists() or self.is_open(), 5, "the copy is not opened")
+        eventually(
+            lambda: self.down or not self.log.exists() or self.is_open(),
+            5,
+            "the copy is not opened",
+        )
 
     def is_open(self):
         files = Path(f"/proc/{self.server.process.pid}/fd").iterdir()
@@ -363,7 +408,9 @@ class Scene:
 
     def start(self):
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        self.server = Server(self.log, "--interval", 0.3, "--rate-limit", 0, folder=folder, port=self.port)
+        self.server = Server(
+            self.log, "--interval", 0.3, "--rate-limit", 0, folder=folder, port=self.port
+        )
 
     def mishap(self, *steps):
         """While the server does not look."""
@@ -446,13 +493,17 @@ class Scene:
 
     def join_plainly(self):
         self.settle()
-        self.plain.append((Viewer(self.server), self.witness.viewer, len(self.witness.viewer.frames)))
+        self.plain.append(
+            (Viewer(self.server), self.witness.viewer, len(self.witness.viewer.frames))
+        )
         self.plain[-1][0].wait(lambda it: it.frames)
 
     def check_plain(self, whole=True):
         """A plain viewer gets the text of the others."""
         for viewer, witness, begun in self.plain:
-            frames = [viewer.frames[0]] + [frame.get("text", "") for frame in witness.frames[begun:]]
+            frames = [viewer.frames[0]] + [
+                frame.get("text", "") for frame in witness.frames[begun:]
+            ]
             expected, size = "".join(frames), 1 << 60
             if whole:
                 viewer.wait(lambda it, expected=expected: len(it.text) >= len(expected))
@@ -469,8 +520,20 @@ class Scene:
         step()
 
     def happen(self, steps):
-        weights = {self.append: 60, self.settle: 5, self.rename: 8, self.copy_and_truncate: 4, self.replace: 3}
-        weights |= {self.destroy: 5, self.stand_still: 5, self.restart: 3, self.compress: 4, self.write_late: 4}
+        weights = {
+            self.append: 60,
+            self.settle: 5,
+            self.rename: 8,
+            self.copy_and_truncate: 4,
+            self.replace: 3,
+        }
+        weights |= {
+            self.destroy: 5,
+            self.stand_still: 5,
+            self.restart: 3,
+            self.compress: 4,
+            self.write_late: 4,
+        }
         weights |= {self.join: 4, self.leave: 4, self.come_back: 4, self.join_plainly: 3}
         for step in self.dice.choices(list(weights), list(weights.values()), k=steps):
             self.act(step)
@@ -512,7 +575,9 @@ def play(seed, folder, story=lambda scene: scene.happen(STEPS)):
         scene.server.check()
     except BaseException as error:
         recent = " ".join(scene.done[-12:])
-        raise AssertionError(f"{error}\nafter {recent}\nrepeat: python3 tests/test_random.py {seed}") from error
+        raise AssertionError(
+            f"{error}\nafter {recent}\nrepeat: python3 tests/test_random.py {seed}"
+        ) from error
     finally:
         scene.clear()
 

@@ -9,7 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import NO_INOTIFY, add, append, copied_and_truncated, lines, pack, rotated, rotated_to_dates, shift
+from harness import (
+    NO_INOTIFY,
+    add,
+    append,
+    copied_and_truncated,
+    lines,
+    pack,
+    rotated,
+    rotated_to_dates,
+    shift,
+)
 
 FIRST = lines(200)
 END = lines(1, 19_999)
@@ -42,7 +52,9 @@ def killed(server, serve, log):
 
 
 def a_copy_elsewhere(server, serve, log):
-    elsewhere = shutil.copytree(log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copyfile)
+    elsewhere = shutil.copytree(
+        log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copyfile
+    )
     return serve(elsewhere / log.name)
 
 
@@ -81,7 +93,11 @@ def test_a_cursor_goes_on_where_it_was_on_any_server(happens, rotations, serve, 
 
     for viewer in viewers:
         assert viewer.wait("marker\n").joined() == added + "marker\n"
-        assert (viewer.frames[0]["resumed"], viewer.frames[0]["reason"], viewer.frames[0]["start"]) == (True, None, end)
+        assert (
+            viewer.frames[0]["resumed"],
+            viewer.frames[0]["reason"],
+            viewer.frames[0]["start"],
+        ) == (True, None, end)
         assert len(viewer.reasons()) == rotations
 
 
@@ -117,7 +133,9 @@ def test_every_cursor_on_the_way_is_good(serve, view, log):
         rest = written[seen:]
         for place in (server, other):
             resumed = view(place, json=True, since=frame["cursor"])
-            assert resumed.wait(lambda it, rest=rest: it.text == rest and it.frames).frames[0]["resumed"]
+            assert resumed.wait(lambda it, rest=rest: it.text == rest and it.frames).frames[0][
+                "resumed"
+            ]
             resumed.joined()
             resumed.close()
 
@@ -360,7 +378,18 @@ def refused(viewer, log):
     return snapshot["reason"]
 
 
-FORGED = ["x", "v1.5.AAAA", "-1", "9" * 400, "é\0\n", "../../etc/passwd", "A" * 4000, "[[", '{"a": 1}', "v1.0.-.-"]
+FORGED = [
+    "x",
+    "v1.5.AAAA",
+    "-1",
+    "9" * 400,
+    "é\0\n",
+    "../../etc/passwd",
+    "A" * 4000,
+    "[[",
+    '{"a": 1}',
+    "v1.0.-.-",
+]
 
 
 def test_a_forged_cursor_gets_a_snapshot_and_a_reason(serve, view, log, tmp_path):

@@ -89,7 +89,11 @@ class Manager:
 @pytest.fixture(params=["path", "abstract"])
 def manager(request, tmp_path_factory):
     """A manager, and how it is called in NOTIFY_SOCKET."""
-    name = str(tmp_path_factory.mktemp("notify") / "socket") if request.param == "path" else f"@audit-{os.getpid()}"
+    name = (
+        str(tmp_path_factory.mktemp("notify") / "socket")
+        if request.param == "path"
+        else f"@audit-{os.getpid()}"
+    )
     listening = Manager(name.replace("@", "\0"))
     listening.socket.settimeout(10)
     yield listening, name
@@ -143,7 +147,9 @@ def test_the_watchdog_is_fed_while_there_is_no_log_to_read(put, serve, log, tmp_
             systemd.hear("WATCHDOG=1", seconds=2)
 
 
-@pytest.mark.parametrize("address", ["", "/nonexistent/socket", "@nobody-listens-here", "relative", "vsock:2:1"])
+@pytest.mark.parametrize(
+    "address", ["", "/nonexistent/socket", "@nobody-listens-here", "relative", "vsock:2:1"]
+)
 def test_a_systemd_that_is_not_there_does_no_harm(address, serve, log):
     append(log, lines(1))
 

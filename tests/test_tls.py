@@ -34,7 +34,9 @@ from websockets.sync.client import connect
 
 
 def openssl(*arguments):
-    return subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=20).stdout
+    return subprocess.run(
+        ["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=20
+    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,30 @@ def certificates(tmp_path_factory):
     """The files NAME.cert and NAME.key of two certificates, in one folder."""
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("first", "second"):
-        kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", 2, "-subj", f"/CN={name}")
+        kind = (
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            2,
+            "-subj",
+            f"/CN={name}",
+        )
         names = ("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
         files = ("-keyout", folder / f"{name}.key", "-out", folder / f"{name}.cert")
         openssl("req", "-x509", *kind, *names, *files)
-    openssl("ec", "-in", folder / "first.key", "-aes256", "-passout", "pass:example", "-out", folder / "locked.key")
+    openssl(
+        "ec",
+        "-in",
+        folder / "first.key",
+        "-aes256",
+        "-passout",
+        "pass:example",
+        "-out",
+        folder / "locked.key",
+    )
     (folder / "garbage").write_bytes(b"no certificate\n" * 10)
     return folder
 
@@ -54,7 +75,10 @@ def certificates(tmp_path_factory):
 @pytest.fixture
 def tls_files(certificates, tmp_path):
     """A certificate and a key that a test may replace."""
-    return [Path(shutil.copy(certificates / f"first.{kind}", tmp_path / kind)) for kind in ("cert", "key")]
+    return [
+        Path(shutil.copy(certificates / f"first.{kind}", tmp_path / kind))
+        for kind in ("cert", "key")
+    ]
 
 
 @pytest.fixture
@@ -71,7 +95,9 @@ def trusting(folder, name="first"):
 def https(server, context, path="/", **headers):
     connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=15, context=context)
     with contextlib.closing(connection):
-        connection.request("GET", path, headers={name.replace("_", "-"): text for name, text in headers.items()})
+        connection.request(
+            "GET", path, headers={name.replace("_", "-"): text for name, text in headers.items()}
+        )
         answer = connection.getresponse()
         answer.read()
         return answer.status, answer.headers
@@ -94,7 +120,9 @@ def test_tls_is_1_2_or_newer(encrypted, certificates):
 
     assert encrypted.url == f"https://{address}/"
     assert [each.returncode for each in tries] == [1, 1, 0, 0]
-    assert not any(b"no protocols available" in each.stderr for each in tries)  # the client would have
+    assert not any(
+        b"no protocols available" in each.stderr for each in tries
+    )  # the client would have
     assert encrypted.raw(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").find(b" 200 ") == -1
     assert https(encrypted, trusting(certificates), Authorization=RIGHT)[0] == 200
 
@@ -103,9 +131,13 @@ def test_under_tls_everything_is_for_tls_only(encrypted, certificates):
     context = trusting(certificates)
     own = f"https://127.0.0.1:{encrypted.port}"
 
-    answers = [https(encrypted, context, path) for path in (f"/?token={TOKEN}", "/", "/other", "/ws/audit")]
+    answers = [
+        https(encrypted, context, path) for path in (f"/?token={TOKEN}", "/", "/other", "/ws/audit")
+    ]
     pair, attributes = cookie_of(answers[0][1])
-    websocket = functools.partial(connect, f"wss://127.0.0.1:{encrypted.port}/ws/audit", ssl=context)
+    websocket = functools.partial(
+        connect, f"wss://127.0.0.1:{encrypted.port}/ws/audit", ssl=context
+    )
     with websocket(additional_headers={"Cookie": pair}, origin=own) as viewer:
         first = viewer.recv(timeout=10)
     with pytest.raises(InvalidStatus) as refused:
@@ -120,12 +152,16 @@ def test_under_tls_everything_is_for_tls_only(encrypted, certificates):
 
 
 def test_a_renewed_certificate_is_taken_up_on_sighup(encrypted, certificates, tls_files):
-    pem = {name: (certificates / f"{name}.cert").read_text().strip() for name in ("first", "second")}
+    pem = {
+        name: (certificates / f"{name}.cert").read_text().strip() for name in ("first", "second")
+    }
     before = shown(encrypted)
     context = trusting(certificates)
     headers = {"Authorization": RIGHT}
 
-    with connect(f"wss://127.0.0.1:{encrypted.port}/ws/audit", ssl=context, additional_headers=headers) as viewer:
+    with connect(
+        f"wss://127.0.0.1:{encrypted.port}/ws/audit", ssl=context, additional_headers=headers
+    ) as viewer:
         viewer.recv(timeout=10)
         for file, kind in zip(tls_files, ("cert", "key"), strict=True):
             shutil.copy(certificates / f"second.{kind}", file)
@@ -160,20 +196,30 @@ def test_files_that_do_not_load_leave_the_certificate_as_it_is(encrypted, certif
             if source:
                 shutil.copy(certificates / source, target)
         encrypted.process.send_signal(signal.SIGHUP)
-        words = eventually(lambda said=said: said_by(encrypted)[said:], message=f"not a word about {name}")
+        words = eventually(
+            lambda said=said: said_by(encrypted)[said:], message=f"not a word about {name}"
+        )
 
-        assert len(words.splitlines()) == 1 and any(str(file) in words for file in tls_files), (name, words)
+        assert len(words.splitlines()) == 1 and any(str(file) in words for file in tls_files), (
+            name,
+            words,
+        )
         assert https(encrypted, context, Authorization=RIGHT)[0] == 200, name
 
 
-def test_a_bad_certificate_does_not_keep_an_old_token_valid(encrypted, certificates, tls_files, secret):
+def test_a_bad_certificate_does_not_keep_an_old_token_valid(
+    encrypted, certificates, tls_files, secret
+):
     context = trusting(certificates)
     shutil.copy(certificates / "garbage", tls_files[0])
     secret.write_text(OTHER)
 
     encrypted.process.send_signal(signal.SIGHUP)
 
-    eventually(lambda: https(encrypted, context, Authorization=RIGHT)[0] == 401, message="the old token still opens")
+    eventually(
+        lambda: https(encrypted, context, Authorization=RIGHT)[0] == 401,
+        message="the old token still opens",
+    )
     assert https(encrypted, context, Authorization=f"Bearer {OTHER}")[0] == 200
 
 
@@ -182,10 +228,22 @@ def test_a_certificate_that_cannot_be_used_is_one_clear_line(files, certificates
     cert, key = (certificates / (name or "nowhere") for name in files)
     master, slave = pty.openpty()
     try:
-        terminal = ["setsid", "--ctty", "--wait", sys.executable, str(SCRIPT), "--log", str(log), "--port", "0"]
+        terminal = [
+            "setsid",
+            "--ctty",
+            "--wait",
+            sys.executable,
+            str(SCRIPT),
+            "--log",
+            str(log),
+            "--port",
+            "0",
+        ]
         command = [*terminal, "--tls-cert", str(cert), "--tls-key", str(key)]
 
-        finished = subprocess.run(command, stdin=slave, capture_output=True, text=True, timeout=20, env=environment())
+        finished = subprocess.run(
+            command, stdin=slave, capture_output=True, text=True, timeout=20, env=environment()
+        )
 
         os.set_blocking(master, False)
         with pytest.raises(BlockingIOError):  # nobody was asked for a pass phrase

@@ -55,9 +55,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
         )
     elif len({item.path for item in session.items}) > 1 and not session.config.option.collectonly:
         with tempfile.TemporaryDirectory() as folder, second_process(session, Path(folder)):
-            session.config.pluginmanager.register(
-                Share(session.config, Path(folder), second=False)
-            )
+            session.config.pluginmanager.register(Share(session.config, Path(folder), second=False))
             return (yield)
     return (yield)
 
@@ -80,7 +78,9 @@ def second_process(session: pytest.Session, folder: Path) -> Generator[None]:
         for report in reports_in(session.config, folder / "reports"):
             session.config.hook.pytest_runtest_logreport(report=report)
         if code not in (0, 1):
-            session.shouldfail = f"the second process ended with {code}: {Path(output.name).read_text()}"
+            session.shouldfail = (
+                f"the second process ended with {code}: {Path(output.name).read_text()}"
+            )
             raise session.Failed(session.shouldfail)
 
 
