@@ -1,7 +1,7 @@
 """Measure the server beside a baseline, in one run: python3 tests/bench.py
 
-Each figure stands next to that of something simple on the same machine at the same time: the ratio is what can be
-compared between machines.
+Each figure stands next to that of something simple on the same machine at the same time: the ratio
+is what can be compared between machines.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ def serving(*options: object) -> Iterator[tuple[Server, Path]]:
 
 def report(what: str, ours: float, baseline: float, unit: str, beside: str) -> None:
     print(
-        f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3} {ours / baseline:>7.2f} x  {beside}"
+        f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3}"
+        f" {ours / baseline:>7.2f} x  {beside}"
     )
 
 
@@ -201,7 +202,8 @@ def idle(viewers: int = 100, seconds: int = 10) -> None:
         time.sleep(seconds)
         spent = server.cpu() - before
     print(
-        f"{f'idle with {viewers} viewers':<44} {1000 * spent / seconds:>9.2f} ms of processor time a second"
+        f"{f'idle with {viewers} viewers':<44}"
+        f" {1000 * spent / seconds:>9.2f} ms of processor time a second"
     )
 
 
@@ -235,7 +237,8 @@ def large(size: int = 1024 * MIB) -> None:
         )
         report("the same for one term without another", patient, theirs, "s", "grep -i")
         print(
-            f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms  {server.peak() / MIB:.1f} MiB at the most"
+            f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms"
+            f"  {server.peak() / MIB:.1f} MiB at the most"
         )
 
 

@@ -1,8 +1,8 @@
-"""Real browsers for the tests, each driven over its own debugging protocol with nothing but `websockets`.
+"""Real browsers, each driven over its own debugging protocol with nothing but `websockets`.
 
-Chromium speaks CDP, Firefox WebDriver BiDi, WPE WebKit (the engine of Safari) its inspector's protocol. A browser is
-one process in its own session and with its own home; `page()` opens a fresh window in it. WebKit has one window, no
-real keys and no real mouse.
+Chromium speaks CDP, Firefox WebDriver BiDi, WPE WebKit (the engine of Safari) its inspector's
+protocol. A browser is one process in its own session and with its own home; `page()` opens a fresh
+window in it. WebKit has one window, no real keys and no real mouse.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def unavailable(what: str) -> NoReturn:
 
 
 class Wire:
-    """Calls {id, method, params} -> {id, result}, and events: the same framing in all three protocols."""
+    """Calls {id, method, params} -> {id, result}, and events: framed alike in all protocols."""
 
     def __init__(self, url: str) -> None:
         self.closing = contextlib.ExitStack()
@@ -161,7 +161,10 @@ class Browser:
 
 
 class Page:
-    """One window. `console` and `errors` fill by themselves; the protocols differ in the methods that raise here."""
+    """One window; `console` and `errors` fill by themselves.
+
+    The protocols differ in the methods that raise here.
+    """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -218,15 +221,16 @@ class Page:
         self.press(*text)
 
 
-# -- Chromium: the Chrome DevTools Protocol ------------------------------------------------------
+# -- Chromium: the Chrome DevTools Protocol --------------------------------------------------------
 
 
 class Chromium(Browser):
     program = "/usr/bin/chromium"
     options = (
-        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-port=0"
-        " --disable-background-networking --disable-component-update --disable-backgrounding-occluded-windows"
-        " --disable-renderer-backgrounding --disable-background-timer-throttling --window-size=1000,700"
+        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
+        " --remote-debugging-port=0 --disable-background-networking --disable-component-update"
+        " --disable-backgrounding-occluded-windows --disable-renderer-backgrounding"
+        " --disable-background-timer-throttling --window-size=1000,700"
     )
 
     def start(self) -> None:
@@ -343,7 +347,7 @@ class ChromiumPage(Page):
             self.wire.call("Target.closeTarget", {"targetId": self.target})
 
 
-# -- Firefox: WebDriver BiDi ---------------------------------------------------------------------
+# -- Firefox: WebDriver BiDi -----------------------------------------------------------------------
 
 
 class Firefox(Browser):

@@ -1,4 +1,4 @@
-"""What the tests are given: a log, servers, viewers, browsers; and two processes that share the files."""
+"""What the tests are given: a log, servers, viewers, browsers; two processes share the files."""
 
 import contextlib
 from collections.abc import Callable, Iterator

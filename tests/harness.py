@@ -1,4 +1,4 @@
-"""What the tests share: the server as a real process, a log that is written, viewers that remember what came."""
+"""What the tests share: the server as a real process, a log, viewers that remember what came."""
 
 import contextlib
 import gzip
@@ -145,7 +145,10 @@ class Server:
         prefix: tuple[str, ...] = (),
         output: str | None = None,
     ) -> None:
-        """`prefix` runs before the interpreter (prlimit …); `output` takes both output streams and needs a port."""
+        """Start it; `prefix` runs before the interpreter (prlimit …).
+
+        `output` takes both output streams and needs a port.
+        """
         self.log = log
         self.expected_to_die = False
         self._out, self._err = (Path(output or folder / name) for name in ("stdout", "stderr"))
@@ -408,7 +411,7 @@ class Viewer:
         return [frame for frame in self.frames if frame["type"] == kind]
 
     def joined(self) -> str:
-        """The text, after a look at whether the JSON frames join: no gap, no overlap, bytes that add up."""
+        """Return the text, once the JSON frames join: no gap, no overlap, bytes that add up."""
         snapshot, *later = [frame for frame in self.frames if "cursor" in frame]
         assert snapshot["type"] == "snapshot" and snapshot["end"] - snapshot["start"] == len(
             snapshot["text"].encode()
@@ -515,7 +518,7 @@ def handshake(server, *fields, host=None, path="/ws/audit", query="", source=Non
 
 
 def said_by(server):
-    """Standard error, without what asyncio's debug mode remarks on a machine that is busy with something else."""
+    """Return standard error without what asyncio's debug mode remarks on a busy machine."""
     return "".join(line for line in server.errors().splitlines(True) if "Executing <" not in line)
 
 
@@ -549,7 +552,8 @@ def policy_of(headers):
 
 
 SAMPLE = re.compile(
-    r'(audit_stream_[a-z0-9_]+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*\})? (-?[0-9.e+-]+|NaN|[+-]Inf)'
+    r'(audit_stream_[a-z0-9_]+)(\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*\})?'
+    r" (-?[0-9.e+-]+|NaN|[+-]Inf)"
 )
 
 
@@ -576,7 +580,10 @@ def of(values, *words):
 
 
 def exchange(server, first, *later):
-    """What is answered to each part until the server closes: for that it is shown the end, unless it was quicker."""
+    """Send part after part; return what is answered until the server closes.
+
+    For that it is shown the end, unless it was quicker.
+    """
     answer = bytearray()
     with server.connect() as client, contextlib.suppress(ConnectionError):
         client.sendall(first)

@@ -19,8 +19,10 @@ RECEIVED = "📡 New audit data received: {} bytes"
 LATE = "🔌 WebSocket disconnected - Reconnecting in 5 seconds..."
 
 # What scrolls, and its first line that is in view with the height at which it stands.
-SCROLLER = """[...document.querySelectorAll('#auditBox, #auditBox *')].concat(document.scrollingElement)
-    .find(box => box.scrollHeight > box.clientHeight + 1 && getComputedStyle(box).overflowY !== 'visible')"""
+SCROLLER = """[...document.querySelectorAll('#auditBox, #auditBox *')]
+    .concat(document.scrollingElement)
+    .find(box => box.scrollHeight > box.clientHeight + 1
+        && getComputedStyle(box).overflowY !== 'visible')"""
 TOP = "Math.max(0, document.querySelector('#auditBox').getBoundingClientRect().top)"
 FIRST = f"""(() => {{
     const line = {LINES}.find(line => line.getBoundingClientRect().bottom > {TOP} + 1);
@@ -55,7 +57,8 @@ def shows(page: Page, expected: list[str], timeout: float = 15) -> None:
 def ends_with(page: Page, line: str, timeout: float = 15) -> None:
     """The last line, and the last thing that is in view."""
     page.wait(
-        f"""(last => last && last.textContent === {line!r} && last.getBoundingClientRect().bottom <= innerHeight
+        f"""(last => last && last.textContent === {line!r}
+            && last.getBoundingClientRect().bottom <= innerHeight
             && last.getBoundingClientRect().top >= {TOP})({LINES}.pop())""",
         timeout,
     )
@@ -63,7 +66,8 @@ def ends_with(page: Page, line: str, timeout: float = 15) -> None:
 
 def frames(page: Page, count: int = 3) -> None:
     page.js(
-        f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))"
+        "new Promise(done => (function f(n) {"
+        f" n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))"
     )
 
 
@@ -103,7 +107,7 @@ def numbered(start: int, stop: int) -> list[str]:
 
 
 def watching(browser: Browser) -> Iterator[Watch]:
-    """Opens windows that connect; at the end none may have had an error, unless the test expects trouble."""
+    """Open windows that connect; none may have an error, unless the test expects trouble."""
     pages: list[tuple[Page, bool]] = []
 
     def open_page(url: str, trouble: bool = False) -> Page:
@@ -149,7 +153,8 @@ def violations(page):
 
 def arrives(page, address):
     """The browser ends at the clean address, connected and without a word about the policy."""
-    ready = f"location.href === {address!r} && document.querySelector('#status')?.dataset.state === 'live'"
+    live = "document.querySelector('#status')?.dataset.state === 'live'"
+    ready = f"location.href === {address!r} && {live}"
 
     def there():
         with contextlib.suppress(RuntimeError):  # between two pages there is none to ask

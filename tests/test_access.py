@@ -35,7 +35,7 @@ from harness import (
     samples,
     status,
 )
-from page_actions import arrives
+from page_actions import CENTRE, arrives
 
 # -- the token -------------------------------------------------------------------------------------
 
@@ -421,7 +421,8 @@ def test_the_token_is_nowhere_to_be_seen(serve, log, secret, view):
     answers += [server.get(path, Authorization=RIGHT) for path in PATHS]
     raw = [
         server.raw(
-            f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {TOKEN}\r\n{field}\r\n\r\n".encode()
+            f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            f"Cookie: {TOKEN}\r\n{field}\r\n\r\n".encode()
         )
         for target in (f"/\x1b[31m?token={TOKEN}", f"/?token={TOKEN}", "/" + TOKEN * 1000)
         for field in (
@@ -769,7 +770,8 @@ class OtherSite(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         link = html.escape(self.path[1:])
-        body = f"<!DOCTYPE html><title>other</title><link rel=icon href=data:,><a href='{link}'>the log</a>".encode()
+        head = "<!DOCTYPE html><title>other</title><link rel=icon href=data:,>"
+        body = f"{head}<a href='{link}'>the log</a>".encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.send_header("Content-Length", str(len(body)))
@@ -792,7 +794,8 @@ def other_site():
 
 
 ATTEMPTS = """(async url => {
-    const within = promise => Promise.race([promise, new Promise(done => setTimeout(done, 5000, 'nothing'))])
+    const nothing = () => new Promise(done => setTimeout(done, 5000, 'nothing'))
+    const within = promise => Promise.race([promise, nothing()])
     const load = (kind, path) => within(new Promise(done => {
         const element = document.createElement(kind)
         element.onload = () => done('loaded')
@@ -800,7 +803,8 @@ ATTEMPTS = """(async url => {
         element.src = url + path
         document.body.append(element)
     }))
-    const read = options => within(fetch(url + 'api/audit', options).then(reply => reply.text()).catch(() => 'refused'))
+    const ask = options => fetch(url + 'api/audit', options)
+    const read = options => within(ask(options).then(reply => reply.text()).catch(() => 'refused'))
     const socket = new WebSocket(url.replace('http', 'ws') + 'ws/audit')
     const opened = within(new Promise(done => {
         socket.onopen = socket.onmessage = () => done('opened')
@@ -813,7 +817,9 @@ ATTEMPTS = """(async url => {
         document.body.append(frame)
     }))
     let inside = 'refused'
-    try { inside = frame.contentDocument && frame.contentDocument.body.innerText || 'refused' } catch (error) {}
+    try {
+        inside = frame.contentDocument && frame.contentDocument.body.innerText || 'refused'
+    } catch (error) {}
     return {
         fetch: await read({ credentials: 'include' }),
         opaque: await read({ credentials: 'include', mode: 'no-cors' }),
@@ -853,9 +859,7 @@ def test_a_page_of_another_origin_cannot_read_the_log(
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_link_with_a_token_on_another_site_works(host, browser, window, locked, other_site):
     window.goto(f"http://{host}:{other_site}/{locked.url}?token={TOKEN}")
-    x, y = window.js(
-        "(at => [at.x + at.width / 2, at.y + at.height / 2])(document.links[0].getBoundingClientRect())"
-    )
+    x, y = window.js(CENTRE.format("document.links[0]"))
 
     window.mouse(x, y)
 

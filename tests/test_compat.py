@@ -1,4 +1,4 @@
-"""The page keeps to what Chrome 88, Firefox 85 and Safari 14 know: read from its source by compat.mjs."""
+"""The page keeps to what Chrome 88, Firefox 85 and Safari 14 know, as compat.mjs reads it."""
 
 import shutil
 import subprocess
@@ -41,7 +41,8 @@ TOO_NEW = {
 OLD_ENOUGH = """<p hidden>a</p>
 <style>p { display: grid; gap: 1em; color: rgba(0, 0, 0, .5) } p:hover { color: var(--a) }</style>
 <script>
-const at = [1], own = { lost: 1 }; own.lost; at?.[0] ?? at.flatMap(String); at.b ||= /(?<year>\\d)/u;
+const at = [1], own = { lost: 1 }
+own.lost; at?.[0] ?? at.flatMap(String); at.b ||= /(?<year>\\d)/u;
 box.addEventListener('scroll', at)</script>
 """
 

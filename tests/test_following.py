@@ -220,7 +220,7 @@ def rotated_with_packed_copies_beside_the_files(log):
 
 @pytest.fixture(scope="module", params=["live", "away", "polling"])
 def followed(request, tmp_path_factory):
-    """One server for all changes, in each of three ways to notice them; a viewer that sees them all."""
+    """One server for all changes, for each of three ways to notice them; a viewer of them all."""
     log = tmp_path_factory.mktemp("followed") / "AUTO_REPAIR_AUDIT.log"
     prefix = NO_INOTIFY if request.param == "polling" else ()
     folder = tmp_path_factory.mktemp("server")

@@ -1,4 +1,4 @@
-"""The whole log: ranges, search, timeline, seek; against grep, a JavaScript engine and the bytes written."""
+"""The whole log: ranges, search, timeline, seek; against grep, JavaScript and the bytes written."""
 
 import concurrent.futures
 import contextlib
@@ -135,7 +135,7 @@ def search_status(server, query, **more):
 
 
 def in_javascript(queries, texts):
-    """For each (query, case): the numbers of the matching lines, as the language says and as the page finds them."""
+    """For each (query, case): the numbers of the matching lines, by the language and by the page."""
     asked = {"queries": queries, "lines": [line.hex() for line in texts], "page": str(PAGE)}
     finished = subprocess.run(
         ["node", "-e", JAVASCRIPT], input=json.dumps(asked), capture_output=True, text=True

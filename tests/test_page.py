@@ -219,7 +219,7 @@ def test_scrolled_up_the_view_stays_and_a_button_counts(
     page.wait(f"!{BUTTONS}.some(button => /\\d/.test({NAME}(button)))")
 
 
-# -- the filter --------------------------------------------------------------------------------------
+# -- the filter ------------------------------------------------------------------------------------
 
 
 def test_the_filter_takes_matches_only_and_marks_them(
@@ -384,7 +384,7 @@ def test_an_expression_that_takes_for_ever_is_given_up_and_the_page_goes_on(
     shows(other, [*written, "c" * 60 + "!"])
 
 
-# -- interruptions -----------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 def rotate(log: Path) -> None:
@@ -406,7 +406,8 @@ def joins_at_a_seam(page: Page, old: list[str], new: list[str]) -> None:
     assert [piece for piece in order if piece != "seam"] == old + new
     assert "seam" in order[len(old) : -len(new)]
     assert page.js(
-        f"{PIECES}.every(piece => !piece.matches('.seam') || piece.dataset.kind && piece.textContent)"
+        f"{PIECES}.every("
+        "piece => !piece.matches('.seam') || piece.dataset.kind && piece.textContent)"
     )
 
 
@@ -473,7 +474,7 @@ def test_what_happened_to_the_log_while_the_server_was_away_shows_as_a_seam(
         joins_at_a_seam(page, old, new)
 
 
-# -- hostile and huge logs -----------------------------------------------------------------------------
+# -- hostile and huge logs -------------------------------------------------------------------------
 
 
 MARKUP = [
@@ -682,11 +683,11 @@ def test_scrolling_back_through_a_long_log_loses_no_line(
     ends_with(page, written[-1])
 
 
-# -- people ------------------------------------------------------------------------------------------
+# -- people ----------------------------------------------------------------------------------------
 
 
 def tab_to(page: Page, name: str, back: bool = False) -> None:
-    """With the Tab key alone; not over the end of the page, where the browser's own buttons follow."""
+    """With Tab alone; not over the end of the page, where the browser's own buttons follow."""
     for _ in range(20):
         page.press("Tab", shift=back)
         if page.js(
@@ -775,7 +776,7 @@ def test_a_narrow_window_has_everything_and_no_sideways_scrolling(
     assert page.js("document.querySelector('#auditBox').clientHeight") > 320
 
 
-# -- where it comes from -----------------------------------------------------------------------------
+# -- where it comes from ---------------------------------------------------------------------------
 
 NGINX = """
 daemon off; error_log stderr; pid {folder}/pid; {user}
@@ -787,7 +788,8 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         location /deep/audit/ {{
-            proxy_pass http://127.0.0.1:{upstream}/; proxy_http_version 1.1; proxy_set_header Host $http_host;
+            proxy_pass http://127.0.0.1:{upstream}/;
+            proxy_http_version 1.1; proxy_set_header Host $http_host;
             proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";
         }}
     }}
@@ -797,7 +799,7 @@ http {{
 
 @pytest.fixture
 def behind_nginx(tmp_path: Path) -> Iterator[Callable[[int], tuple[str, Path]]]:
-    """Starts it before that port; the address of the page below a path, and nginx' own list of answers."""
+    """Start it before that port: the page's address below a path, and nginx' list of answers."""
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if not program:
         unavailable("nginx is not installed")

@@ -1,4 +1,4 @@
-"""Behind a reverse proxy: which one is believed, NGINX below a path, requests that are to be smuggled in."""
+"""Behind a reverse proxy: which one is believed, NGINX below a path, smuggled requests."""
 
 import contextlib
 import copy
@@ -101,8 +101,9 @@ daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; 
 events {{ worker_connections 256; }}
 http {{
     access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
     map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
     server {{
         listen 127.0.0.1:{port};

@@ -1,4 +1,6 @@
-"""Some hundred random steps, one equation: joined, what a viewer got is what was written, or a seam stands there.
+"""Some hundred random steps, one equation.
+
+Joined, what a viewer got is what was written, or a seam stands there.
 
 python3 tests/test_random.py FIRST [LAST]    repeats a seed, or tries many
 """
@@ -30,7 +32,7 @@ ODD += [b"\xff", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x80"]
 
 
 class Life:
-    """What was written to the file in one of its lives; the next one may begin with the same bytes."""
+    """What was written to the file in one of its lives; the next may begin with the same bytes."""
 
     def __init__(self, number, parent=None, kept=0):
         self.number, self.parent, self.kept = number, parent, kept
@@ -90,7 +92,8 @@ class Reading:
             return known
         joining = [life for life in fits if self.joins(life, start)]
         assert joining, (
-            f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits}, does not join {self}"
+            f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits},"
+            f" does not join {self}"
         )
         self.names[name] = life = min(
             joining, key=lambda life: (life.number < self.current.number, life.number)
@@ -121,7 +124,7 @@ class Reading:
         parts.append((start, end, text))
 
     def covered(self, life):
-        """The stretches of a life that came, under its name or as what it shares with another one."""
+        """The stretches of a life that came, by its name or as what it shares with another one."""
         own = self.got(life)
         while life.parent and life is not self.first:
             shared, life = life.shared(), life.parent
@@ -153,7 +156,9 @@ class Reading:
             yield at, len(life.data)
 
     def check(self, last, refused=False):
-        """Up to the last life: nothing is missing that is still there, nothing came twice, the characters are whole.
+        """Up to the last life: nothing is missing that is still there, nothing came twice.
+
+        The characters are whole.
 
         Where a cursor was refused, a seam says that what came after it may be missing.
         """
@@ -178,7 +183,8 @@ class Reading:
         places = [
             f"{life.number}: {parts[-1][0]}-{parts[-1][1]}" for life, parts in self.parts.items()
         ]
-        return f"reading from {self.start} of {self.first}, now in {self.current} ({self.entered}): {places[-9:]}"
+        now = f"now in {self.current} ({self.entered})"
+        return f"reading from {self.start} of {self.first}, {now}: {places[-9:]}"
 
 
 class Eye:
@@ -221,7 +227,7 @@ class Eye:
         reading.check(self.scene.life)
 
     def begin(self, reading, snapshot, life):
-        """A snapshot that goes on nowhere: the first one, or one for a cursor whose bytes are gone."""
+        """A snapshot that goes on nowhere: the first, or one for a cursor whose bytes are gone."""
         if reading:
             places = [(each, parts[-1][1]) for each, parts in reading.parts.items()]
             places = [place for place in places if place[0].number >= reading.current.number - 1]
@@ -287,7 +293,10 @@ class Scene:
         self.late = None
 
     def round_off(self):
-        """A file gets its name from its first line; half a character in a file found as rotated may wait for 30 s."""
+        """A file gets its name from its first line.
+
+        Half a character in a file that was found as a rotated one may wait for 30 s.
+        """
         if self.down or b"\n" not in self.life.data:
             self.finish_line()
 
@@ -385,7 +394,8 @@ class Scene:
 
     def settle(self):
         """Everybody who reads has everything."""
-        if self.unnoticed:  # what was cut far away: anything written before the server looked would be taken for old
+        # what was cut far away: anything written before the server looked would be taken for old
+        if self.unnoticed:
             eventually(lambda: "truncated" in self.witness.viewer.reasons()[self.reasons :])
         self.unnoticed = False
         self.finish_line()

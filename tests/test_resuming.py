@@ -1,4 +1,4 @@
-"""A cursor goes on where it was, on any process that has the same bytes; else it says that it does not."""
+"""A cursor goes on where it was, on any process that has the same bytes; else it says so."""
 
 import contextlib
 import gzip

@@ -1,4 +1,4 @@
-"""The page as a window on the whole log: the rail, the timeline, the search, a match in its place, the address."""
+"""The page as a window on the whole log: rail, timeline, search, a match in its place, address."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -286,7 +286,8 @@ def test_a_link_opens_the_same_view(page: Page, site: Server, watch: Watch) -> N
     page.wait(AT_REST)
     place = page.js(FIRST)[0]
     page.wait(
-        f"location.hash === '#at=' + {LINES}.find(line => line.textContent === {place!r}).dataset.offset"
+        f"location.hash === '#at='"
+        f" + {LINES}.find(line => line.textContent === {place!r}).dataset.offset"
     )
 
     other = watch(page.js("location.href"))
@@ -320,7 +321,8 @@ def test_a_search_can_be_stopped_and_a_refusal_is_told(
     log.write_text(("x" * 200 + "\n") * 150_000 + "the end\n")
     page = watch(serve(log).url, trouble=True)
     page.js("(window.fetchFirst = window.fetch)")
-    stall = "(window.fetch = (path, more) => /search/.test(path) ? new Promise(() => 0) : fetchFirst(path, more))"
+    stalled = "/search/.test(path) ? new Promise(() => 0) : fetchFirst(path, more)"
+    stall = f"(window.fetch = (path, more) => {stalled})"
     page.js(f"{stall} && 1")
 
     search(page, "needle")

@@ -62,7 +62,7 @@ def test_the_command_of_the_unit_starts_a_locked_server(serve, log, tmp_path):
     assert server.get("/", Authorization="Bearer of-the-credential-store")[0] == 200
 
 
-# -- sd_notify(3) ------------------------------------------------------------------------------------
+# -- sd_notify(3) ----------------------------------------------------------------------------------
 
 
 class Manager:

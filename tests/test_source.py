@@ -308,7 +308,7 @@ def step(time):
         else three
     )
     five = four.fd
-    six = "a long line"  # 123456789012345678901234567890121212345678901234567890123456789012345678901234567890123456789012345678901
+    six = "a long line" + LONG
     seven = (
         six
     )
@@ -317,7 +317,7 @@ def step(time):
 
 
 def test_each_fault_is_found(tmp_path: Path) -> None:
-    (tmp_path / "faults.py").write_text(FAULTS)
+    (tmp_path / "faults.py").write_text(FAULTS.replace("LONG", repr("x" * 90)))
     source = read_source(tmp_path / "faults.py")
 
     found = {check.__name__: [line for line, _ in check(source)] for check in CHECKS}
