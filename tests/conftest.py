@@ -10,7 +10,7 @@ import pytest
 
 pytest.register_assert_rewrite("harness", "page_actions")  # before they are imported
 
-from browsers import BROWSERS, Browser
+from browsers import BROWSERS, Browser, Page
 from harness import FIRST, TOKEN, Server, Viewer, append
 from page_actions import Watch, watching
 from two_processes import pytest_runtestloop as pytest_runtestloop
@@ -57,20 +57,20 @@ def view() -> Iterator[Callable[..., Viewer]]:
 
 
 @pytest.fixture
-def secret(tmp_path):
+def secret(tmp_path: Path) -> Path:
     path = tmp_path / "token"
     path.write_text(f"{TOKEN}\n")
     return path
 
 
 @pytest.fixture
-def locked(serve, log, secret):
+def locked(serve: Callable[..., Server], log: Path, secret: Path) -> Server:
     append(log, FIRST)
     return serve(log, "--token-file", secret)
 
 
 @pytest.fixture
-def unlocked(serve, log):
+def unlocked(serve: Callable[..., Server], log: Path) -> Server:
     append(log, FIRST)
     return serve(log)
 
@@ -89,7 +89,7 @@ def watch(browser: Browser) -> Iterator[Watch]:
 
 
 @pytest.fixture
-def window(browser):
+def window(browser: Browser) -> Iterator[Page]:
     page = browser.page()
     yield page
     page.close()

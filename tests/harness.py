@@ -488,7 +488,13 @@ class Viewer:
         self._thread.join(5)
 
 
-def start(serve, view, log, how="live", **options):
+def start(
+    serve: Callable[..., Server],
+    view: Callable[..., "Viewer"],
+    log: Path,
+    how: str = "live",
+    **options: Any,
+) -> tuple[Server, "Viewer"]:
     """A server with a viewer that has seen the first lines."""
     append(log, FIRST)
     options.setdefault("prefix", NO_INOTIFY if how == "polling" else ())
@@ -510,26 +516,35 @@ API = (
 PATHS = ("/", *API, "/metrics", "/other")
 
 
-def handshake(server, *fields, host=None, path="/ws/audit", query="", source=None):
+def handshake(
+    server: Server,
+    *fields: str,
+    host: str | None = None,
+    path: str = "/ws/audit",
+    query: str = "",
+    source: str | None = None,
+) -> int:
     """The status of a request for a WebSocket."""
     with server.connect(source=source) as client:
         client.sendall(server.websocket_request(*fields, host=host, path=path + query))
         return int(client.recv(65536).split()[1])
 
 
-def said_by(server):
+def said_by(server: Server) -> str:
     """Return standard error without what asyncio's debug mode remarks on a busy machine."""
     return "".join(line for line in server.errors().splitlines(True) if "Executing <" not in line)
 
 
-def status(server, path="/", **headers):
+def status(server: Server, path: str = "/", **headers: str) -> int:
     return server.get(path, **headers)[0]
 
 
-def launch(*arguments, env=None, **options):
+def launch(
+    *arguments: object, env: dict[str, str] | None = None, **options: Any
+) -> tuple[int, str]:
     """A start that is to fail: the one line on standard error, with the exit code."""
     command = [sys.executable, "-W", "error", str(SCRIPT), "--port", "0", *map(str, arguments)]
-    chosen = {"stdin": subprocess.DEVNULL, "capture_output": True} | options
+    chosen: Any = {"stdin": subprocess.DEVNULL, "capture_output": True} | options
     finished = subprocess.run(command, timeout=10, env=environment(**(env or {})), **chosen)
     said = finished.stderr.decode()
     assert not finished.stdout and len(said.splitlines()) == 1 and "Traceback" not in said, (
@@ -539,14 +554,14 @@ def launch(*arguments, env=None, **options):
     return finished.returncode, said
 
 
-def cookie_of(headers):
+def cookie_of(headers: http.client.HTTPMessage) -> tuple[str, set[str]]:
     """Name=value of the cookie in an answer, and its attributes."""
-    (cookie,) = headers.get_all("Set-Cookie")
+    (cookie,) = headers.get_all("Set-Cookie", [])
     pair, *attributes = cookie.split("; ")
     return pair, set(attributes)
 
 
-def policy_of(headers):
+def policy_of(headers: http.client.HTTPMessage) -> dict[str, set[str]]:
     directives = (directive.split() for directive in headers["Content-Security-Policy"].split(";"))
     return {name: set(values) for name, *values in directives}
 
@@ -557,29 +572,31 @@ SAMPLE = re.compile(
 )
 
 
-def samples(server):
+def samples(server: Server) -> dict[str, float]:
     """{name with labels: value}, of a text whose every sample follows the TYPE of its family."""
     code, headers, body = server.get("/metrics", Authorization=RIGHT)
     assert code == 200 and headers["Content-Type"].startswith("text/plain") and body.endswith(b"\n")
-    values, family, seen = {}, "", set()
+    values: dict[str, float] = {}
+    family, seen = "", set()
     for line in body.decode().splitlines():
         if declared := re.fullmatch(r"# TYPE (audit_stream_[a-z0-9_]+) (counter|gauge)", line):
             family, kind = declared.groups()
             assert family not in seen and (kind == "counter") == family.endswith("_total")
             seen.add(family)
         elif not line.startswith("# HELP "):
-            name, labels, value = SAMPLE.fullmatch(line).groups()
+            assert (sample := SAMPLE.fullmatch(line)), line
+            name, labels, value = sample.groups()
             assert name == family and name + (labels or "") not in values, line
             values[name + (labels or "")] = float(value)
     return values
 
 
-def of(values, *words):
+def of(values: dict[str, float], *words: str) -> float:
     """The sum of the samples whose names have all these words."""
     return sum(value for name, value in values.items() if all(word in name for word in words))
 
 
-def exchange(server, first, *later):
+def exchange(server: Server, first: bytes, *later: bytes) -> bytes:
     """Send part after part; return what is answered until the server closes.
 
     For that it is shown the end, unless it was quicker.

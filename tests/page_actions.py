@@ -143,7 +143,7 @@ def scroll_up(page: Page, pixels: int) -> None:
     page.wait(AT_REST)
 
 
-def violations(page):
+def violations(page: Page) -> list[str]:
     return [
         text
         for _, text in page.console
@@ -151,14 +151,15 @@ def violations(page):
     ]
 
 
-def arrives(page, address):
+def arrives(page: Page, address: str) -> None:
     """The browser ends at the clean address, connected and without a word about the policy."""
     live = "document.querySelector('#status')?.dataset.state === 'live'"
     ready = f"location.href === {address!r} && {live}"
 
-    def there():
+    def there() -> Any:
         with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
             return page.js(ready)
+        return False
 
     eventually(there, seconds=20)
     assert page.js("getComputedStyle(document.body).margin !== '8px'")  # the styles apply
