@@ -66,10 +66,12 @@ import json
 import logging
 import lzma
 import math
+import operator
 import os
 import random
 import re
 import secrets
+import select
 import signal
 import socket
 import ssl
@@ -140,6 +142,10 @@ class Fingerprint(NamedTuple):
     end: int = 0
     head: bytes = b""
     tail: bytes = b""
+
+    def begins_like(self, start: bytes) -> bool:
+        """Return True if there were lines, and they were these, as far as 4 KiB tell."""
+        return b"\n" in self.head and start.startswith(self.head)
 
     def extended(self, data: bytes) -> Fingerprint:
         """Return the fingerprint after `data` was published as well."""
@@ -480,25 +486,22 @@ class GenerationNames:
         there is no second; random while there is none.
         """
         if not file.name:
-            base = self._base(file.read_bytes(0, FINGERPRINT_BYTES))
+            base = generation_name(file.read_bytes(0, FINGERPRINT_BYTES))
             names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
             file.name = next(name for name in names if self._may_take(file, name))
             self._open[file.name] = file
         self._remember(file)
         return file.name
 
+    def known_name(self, start: bytes) -> str:
+        """Return the name of the one generation that begins like this; "" for none or several."""
+        known = list(self._known.items())
+        names = [name for name, fingerprint in known if fingerprint.begins_like(start)]
+        return names[0] if len(names) == 1 else ""
+
     def same_inode(self, file: LogFile) -> list[LogFile]:
         """Return all named generations that are read from the same file."""
         return [other for other in self._open.values() if other.same_file(file)]
-
-    @staticmethod
-    def _base(start: bytes) -> str:
-        first = start.find(b"\n") + 1
-        second = start.find(b"\n", first) + 1 if first else 0
-        if len(start) == FINGERPRINT_BYTES and not second:
-            second = len(start)
-        lines = start[: second or first] or os.urandom(16)
-        return hashlib.sha256(lines).hexdigest()[:16]
 
     def _may_take(self, file: LogFile, name: str) -> bool:
         """Return True unless another generation owns this name."""
@@ -513,6 +516,16 @@ class GenerationNames:
         self._known[file.name] = longer  # a shorter file must not hide the longer one
         if len(self._known) > 256:
             del self._known[next(iter(self._known))]
+
+
+def generation_name(start: bytes) -> str:
+    """Return the name of a generation that begins like this, before it is made unique."""
+    first = start.find(b"\n") + 1
+    second = start.find(b"\n", first) + 1 if first else 0
+    if len(start) == FINGERPRINT_BYTES and not second:
+        second = len(start)
+    lines = start[: second or first] or os.urandom(16)
+    return hashlib.sha256(lines).hexdigest()[:16]
 
 
 # -- rotated files --
@@ -943,7 +956,6 @@ GRACE_S = 1.0  # before a missing or emptied log is reported: a rotation is fast
 HELD_S = 60.0  # for so long a deleted file is kept for viewers that lag
 STALL_S = 0.75  # a wait that took so much too long: the process stood still
 WAIT_SLICE_S = 1.0
-WATCHDOG_S = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # sd_watchdog_enabled(3)
 
 
 class LogState(NamedTuple):
@@ -963,7 +975,7 @@ async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
         sd_notify("WATCHDOG=1")  # after a completed check only
 
         await asyncio.sleep(COALESCE_S)
-        await follower.wait()
+        await follower.wait(WATCHDOG_S)
 
 
 class Successor(NamedTuple):
@@ -996,7 +1008,8 @@ class LogFollower:
         self._next_open_s = 0.0  # when the path is opened afresh, whatever its inode says
         self._encoding = EncodingCheck()
         self._check_lock = asyncio.Lock()
-        self.next_check = asyncio.Event()
+        self.next_check = asyncio.Event()  # set, and replaced, by each check
+        self.on_generation: Callable[[], None] = lambda: None  # called when another one begins
         self._watch()
         self._open()
         self._arrivals = Arrivals()  # the folders are watched from before the log was opened
@@ -1058,9 +1071,9 @@ class LogFollower:
         if not self._watcher.watch_folders(folders):
             self._arrivals.reliable = False
 
-    async def wait(self) -> None:
-        """Wait for an event, or until the next check is due."""
-        timeout_s = min(self.interval_s, WATCHDOG_S)
+    async def wait(self, most_s: float) -> None:
+        """Wait for an event, or until the next check is due, at most so long."""
+        timeout_s = min(self.interval_s, most_s)
         if self._anomaly_since_s and self.state.state == "ok":
             timeout_s = min(timeout_s, GRACE_S)
         if self.unfinished_bytes:
@@ -1374,6 +1387,8 @@ class LogFollower:
         self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
         counters[f'generations_total{{reason="{reason}"}}'] += 1
         logger.info("log was %s%s", reason, f"; lines may be missing: {gap}" if gap else "")
+        self.names.assign(self.current)
+        self.on_generation()
 
     def _doubt(self, ahead: bool = False) -> str:
         """Return why lines may be missing that were written just before a cut; "" if hardly any."""
@@ -1609,7 +1624,8 @@ class EncodingCheck:
 
 
 def encoding_words(file: LogFile) -> str:
-    return ""
+    encoding = encoding_of(file)
+    return f"the log is not UTF-8: {encoding}" if encoding else ""
 
 
 # -- events of the kernel --
@@ -2064,19 +2080,18 @@ def follow_up(file: LogFile, live: list[LogFile]) -> list[Successor] | None:
     return [Successor(other, "rotated", "") for other in reversed(later[1:])]
 
 
-# ---- 5 Viewers: connections ---------------------------------------------------------------------
-#
+# ---- 5 Viewers -----------------------------------------------------------------------------------
 # Who is connected, in which phase, and how much each client may make the server hold: a number and
 # a budget of bytes for every phase. Owns open, awaiting_request, answered and viewers.
 
 REQUEST_S = 10.0  # for a request to be complete, and for every ENOUGH_BYTES of its answer
-STALL_S = 60.0  # without any progress until a viewer is given up
+STALLED_S = 60.0  # without any progress until a viewer is given up
 ENOUGH_BYTES = 20 * KIB  # an answer that moves at 2 kB/s may take as long as it needs
-READ_BYTES = 4 * KIB  # in one go: 680 small messages are parsed before anybody else has a turn
+READ_BYTES = KIB  # in one go: 150 messages of a byte, before anybody else has a turn
 REQUEST_BYTES = 64 * KIB  # from a client before its request is complete, TLS handshake included
 VIEWER_BYTES = 256 * KIB  # from a viewer, who has nothing to say
 REFILL_BYTES_S = 4 * KIB  # so fast these budgets fill up again
-MESSAGE_BYTES = 64  # what a message costs of the budget beside its own bytes
+MESSAGE_BYTES = 256  # what a message costs of this budget besides
 ANSWERS_BYTES = 64 * MIB  # in all answers that are under way
 SMALL_BYTES = 16 * KIB  # an answer of this size is never refused
 UNSENT_BYTES = 64 * KIB  # in the kernel for one client
@@ -2165,9 +2180,11 @@ class Connection(ServerConnection):
         self.answer_bytes = 0
         self.token = b""  # what opened the server to this viewer
         self.who: dict[str, str] = {}  # is that, in the access record
+        self.query: dict[str, str] = {}
         self.arrived = False
         self.position: Position | None = None  # this and the next one belong to the Broadcaster
         self.state_sent = LogState("ok", "")
+        self.proof_sent = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start with TCP, under TLS once more as soon as the handshake is done."""
@@ -2213,8 +2230,11 @@ class Connection(ServerConnection):
                 error = error.__cause__ or error.__context__
 
     def data_received(self, data: bytes) -> None:
-        if self.connections.tls or self.may_receive(len(data)):
-            super().data_received(data)
+        for start in range(0, len(data), READ_BYTES):
+            part = data[start : start + READ_BYTES]
+            cost = 0 if self.connections.tls else len(part)  # TLSProtocol has counted it
+            if self.may_receive(cost):
+                super().data_received(part)
 
     def process_event(self, event: Any) -> None:
         if self.may_receive(MESSAGE_BYTES):
@@ -2278,7 +2298,7 @@ class Connection(ServerConnection):
         idle = not queued and not self.buffered and not answered
         if idle or abs(taken - self.progress[0]) >= enough:
             self.progress = taken, now
-        return now - self.progress[1] > (REQUEST_S if answered else STALL_S)
+        return now - self.progress[1] > (REQUEST_S if answered else STALLED_S)
 
     def sent_and_queued(self) -> tuple[int, int]:
         """Return how many bytes the client has acknowledged, and how many the kernel has yet to
@@ -2334,7 +2354,7 @@ MAX_CACHED = 16  # messages, read and written out once for all who catch up at t
 class Broadcaster:
     """The live viewers: all of them at one position, the end of the stream.
 
-    It alone writes a viewer's `position` and `state_sent`.
+    It alone writes a viewer's `position`, `state_sent` and `proof_sent`.
     """
 
     def __init__(self, follower: LogFollower, connections: Connections) -> None:
@@ -2405,9 +2425,11 @@ class Broadcaster:
                 viewer.write_frame(frame)
             viewer.state_sent = state
 
-    def tell_proof(self, message: dict[str, Any]) -> None:
+    def broadcast_json(self, message: dict[str, Any]) -> None:
         """Tell all viewers, and those who come later, about the log's integrity."""
         self._proof = wire_text(message)
+        for viewer in self.live:
+            viewer.proof_sent = self._proof
         self._send(b"", self._proof)
 
     def _send(self, plain: bytes, as_json: bytes) -> None:
@@ -2449,9 +2471,10 @@ class Broadcaster:
 
         viewer.position = position
         self.follower.names.assign(position.segment.file)
+        found = isinstance(resumed, Position)
+        viewer.record_arrival(resumed=found)
         if not viewer.speaks_json:
             return text.encode()
-        found = isinstance(resumed, Position)
         return snapshot_message(self.follower.name, start, position, text, found, reason)
 
     async def _end_of_log(self, initial_bytes: int) -> tuple[Position, int, str]:
@@ -2472,6 +2495,9 @@ class Broadcaster:
         if viewer.speaks_json and viewer.state_sent != self.follower.state:
             viewer.state_sent = self.follower.state
             return state_message(viewer.state_sent)
+        if viewer.speaks_json and viewer.proof_sent is not self._proof:
+            viewer.proof_sent = self._proof
+            return self._proof
         if viewer.position is None:
             return b""  # removed meanwhile
 
@@ -2532,7 +2558,7 @@ async def handle_viewer(
 
 async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connection) -> None:
     """Send the first message, then message by message, and wait live at the end."""
-    since = query_of(viewer).get("since")
+    since = viewer.query.get("since")
     first = True
     try:
         while True:
@@ -2557,11 +2583,10 @@ def text_frame(payload: bytes) -> bytes:
     return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
-# ---- 6 HTTP -------------------------------------------------------------------------------------
-#
+# ---- 6 HTTP --------------------------------------------------------------------------------------
 # From a request to its answer: context, access, route, common headers. Owns nothing.
 
-HISTORY = ("/api/audit", "/api/search", "/api/counts", "/api/timeline", "/api/seek")
+HISTORY = ("/api/audit", "/api/search", "/api/counts", "/api/timeline", "/api/seek", "/api/files")
 PROOF = {"/api/receipt": "GET, HEAD", "/api/review": "POST", "/api/record": "POST"}
 
 
@@ -2584,6 +2609,7 @@ class Site(NamedTuple):
     access: AccessControl
     broadcaster: Broadcaster
     history: History
+    files: FileSet
     proof: Proof
     page: bytes
 
@@ -2672,6 +2698,7 @@ def accept_viewer(context: RequestContext) -> Response:
     if response.status_code == 101 and connection in connections.open:
         connections.viewers.add(connection)
         connection.who = context.who
+        connection.query = context.query
     return response
 
 
@@ -2687,7 +2714,7 @@ async def route(site: Site, context: RequestContext) -> Response:
         return make_response(200, site.page, HTML)
     if path == "/metrics":
         content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return make_response(200, metrics(site.broadcaster).encode(), content_type)
+        return make_response(200, metrics(site).encode(), content_type)
     if path == "/ws/audit":
         if "origin" in context.query:  # a page asks why its WebSocket was refused
             check_room(context.connection.connections)
@@ -2706,11 +2733,18 @@ async def log_response(site: Site, context: RequestContext) -> Response:
 
     if context.path == "/healthz":
         return make_response(200, b"ok\n", TEXT)
+    follower.names.assign(follower.current)
+    if context.path == "/api/files":
+        body = json.dumps(await site.files.describe(), ensure_ascii=False).encode()
+        return make_response(200, body, JSON, ETag=f'"{follower.current.name}"')
+    file = await site.files.file_of(context)
     if context.path in PROOF:
-        return await site.proof.respond(context)
+        return await site.proof.respond(file, context)
     if not context.connection.connections.reserve(context.connection, MIB):
         raise busy()
-    return await site.history.respond(follower.current, context)
+    response = await site.history.respond(file, context)
+    site.proof.history.note(context, response)
+    return response
 
 
 async def cancel_on_disconnect(connection: Connection, work: Coroutine[Any, Any, T]) -> T:
@@ -2786,8 +2820,7 @@ def int_in_range(text: str, name: str, low: int, high: int) -> int:
     return int(text)
 
 
-# ---- 7 Access -----------------------------------------------------------------------------------
-#
+# ---- 7 Access ------------------------------------------------------------------------------------
 # Who may come in, by token, Host and Origin, how often, and what is recorded of it. Owns the
 # tokens, the TLS context and the rate limits.
 
@@ -3210,302 +3243,438 @@ def record_access(event: str, **fields: object) -> None:
     logger.info("access %s", " ".join(words))
 
 
-# ---- 8 History ----
-# Shims
+# ---- 8 History -----------------------------------------------------------------------------------
+# Answers questions about a whole file, the log or a rotated one: ranges, search, counts, times.
+# Owns the places of searches and scans, and the threads that feed greps and read what they find.
 
-Call, answer, refusal, natural = RequestContext, make_response, error_response, int_parameter
+FEED_BYTES = 256 * KIB  # one read of the log, on its way to grep
+MAX_LINE = MIB  # longer lines are not searched: grep would hold them in memory
+MAX_MATCH_TEXT, MAX_ANSWER_TEXT = 16 * KIB, MIB
+SEARCH_S = 3.0  # of one call
+FIRST_PIECE_S = 5.0  # a search that does not get through its first piece is too expensive
+SEARCH_BYTES = 256 * MIB  # of one call
+# One grep each, the newest first: a frequent word costs no more than the first one.
+PIECES = [MIB, 4 * MIB, 16 * MIB, *[32 * MIB] * 8]
+SCAN_S = 5.0
+TIMES_BYTES = 64 * KIB
 
-
-def query_of(connection: ServerConnection) -> dict[str, str]:
-    assert connection.request
-    query = connection.request.path.partition("?")[2]
-    return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
+ByteRange = tuple[int, int]
+Answer = dict[str, Any]
+Query = dict[str, str]
+Lines = Iterator[tuple[int, bytes]]  # where they begin, and many at a time
+# Reads what a grep prints; the ranges of the file that it was fed are noted meanwhile.
+Reader = Callable[[IO[bytes], list[ByteRange]], Any]
 
 
 class History:
+    """Answers about whole files: two searches at a time, each with a grep on every core."""
+
     def __init__(self, zone: datetime.tzinfo) -> None:
         self.zone = zone
+        self.cores = min(8, usable_cores())
+        self.search_places, self.scan_places = asyncio.Semaphore(2), asyncio.Semaphore(2)
+        # For each grep one thread feeds and one reads.
+        self.threads = concurrent.futures.ThreadPoolExecutor(4 * self.cores, "search")
 
     async def respond(self, file: LogFile, context: RequestContext) -> Response:
-        return await history(file, context)
-
-
-# History: search, times
-
-# The filter language. White space is what JavaScript calls so.
-SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
-TERM = re.compile(f'(-?)(?:"([^"]*)"|([^{SPACE}]+))')
-SIGN = r"[!-/:-@\[-`{-~]"
-TOKEN = re.compile(
-    rf"\\[bBdDwWsSt]|\\{SIGN}|\(\?[:=!]|\((?!\?)|[)|.^$]|\[(?!\^?\])\^?(?:\\[dwst]|\\{SIGN}|[^\\\[\]])+\]"
-    r"|(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??(?![*+?{])|[^\\\[\](){}|*+?.^$]"
-)
-CLASSES = {
-    "d": "0-9",
-    "w": "A-Za-z0-9_",
-    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}",
-}
-STAND_INS = r"[\x1a\x{9f}\x{fffd}]"  # what grep gets for bytes that are no character, and for U+FFFD itself
-WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
-# Behind a newline: ten times as fast to look for as `^`.
-STAMP = re.compile(rb"\n\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z| ?[+-]\d\d(?::?\d\d)?)?)")
-# Where grep has no -P: plain text only, in a process of its own as well.
-PLAIN_SEARCH = """
-import json, sys
-case, *terms = json.loads(sys.argv[1])
-def fold(text):  # one character for one, as JavaScript does
-    ways = ((c.casefold(), c.lower(), c) for c in text)
-    return text if case else "".join(next(way for way in each if len(way) == 1) for each in ways)
-offset = 0
-for line in sys.stdin.buffer:
-    text = fold(line.decode().translate({0x1a: 0xfffd, 0x9f: 0xfffd}))
-    if all((fold(term) in text) != exclude for exclude, term in terms):
-        sys.stdout.buffer.write(b"%d:%b" % (offset, line))
-    offset += len(line)
-"""
-
-
-class Term(NamedTuple):
-    """One term of the filter language: plain text, or a regular expression for PCRE."""
-
-    exclude: bool
-    plain: str | None
-    pattern: str
-
-
-def terms_of(query: str) -> list[Term]:
-    """The filter language: all terms must match; see the README. HTTPError for an empty query."""
-    terms = []
-    for minus, quoted, word in TERM.findall(query):
-        if quoted or word:
-            plain = quoted or (None if is_expression(word) and re.search(r"[\\^$.*+?()[\]{}|]", word) else word)
-            terms.append(Term(bool(minus), plain, as_text(plain) if plain else as_pcre(word)))
-    if not terms:
-        raise HTTPError(400, "the query is empty")
-    return sorted(terms, key=lambda term: term.exclude)  # what must match first: PCRE gives up sooner
-
-
-def is_expression(word: str) -> bool:
-    """Does it consist only of what JavaScript, Python and PCRE mean alike?"""
-    tokens = TOKEN.findall(word)
-    with contextlib.suppress(re.error, OverflowError, RecursionError):
-        return "".join(tokens) == word and not repeats_lookahead(tokens) and bool(re.compile(word))
-    return False
-
-
-def repeats_lookahead(tokens: list[str]) -> bool:
-    """Python and PCRE take `(?=a)*`, JavaScript does not."""
-    groups = []
-    for token, following in zip(tokens, [*tokens[1:], "end"], strict=True):
-        if token[0] == "(":
-            groups.append(token)
-        elif token == ")" and groups and groups.pop() in ("(?=", "(?!") and following[0] in "*+?{":
-            return True
-    return False
-
-
-def as_text(text: str) -> str:
-    hexed = re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
-    return hexed.replace(r"\x{fffd}", STAND_INS)
-
-
-def as_pcre(word: str) -> str:
-    """With JavaScript's meaning of the classes; the PCRE2 of Debian 12 takes \\S, \\W and \\D for ASCII."""
-    spelled = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", spelled_out, word, flags=re.DOTALL)
-    return spelled.replace("\0", r"\x00").replace("\ufffd", STAND_INS)
-
-
-def spelled_out(piece: re.Match[str]) -> str:
-    text, kind = piece[0], piece[0][1:]
-    if text[0] == "[":
-        return "[" + re.sub(r"\\([dws])", lambda found: CLASSES[found[1]], kind)
-    if kind in ("b", "B"):
-        return f"(?:{WORD_EDGE})" if kind == "b" else f"(?!{WORD_EDGE})"
-    if kind.lower() in CLASSES:
-        return f"[{'^' if kind.isupper() else ''}{CLASSES[kind.lower()]}]"
-    return text
-
-
-Stretch = tuple[int, int]  # of the log: its start and its end
-Child = tuple[list[str], bool]  # prints matching lines with their offsets; needs characters for bytes that are none?
-
-# What is asked of the whole log: two searches at a time, in child processes, and two walks through the times.
-search_places, walk_places = asyncio.Semaphore(2), asyncio.Semaphore(2)
-search_threads = concurrent.futures.ThreadPoolExecutor(4, "search")  # two for each: one feeds, one collects
-
-
-def apart(work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    return asyncio.get_running_loop().run_in_executor(search_threads, work, *args)
-
-
-async def walk(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout(5), walk_places:
-            return await run_in_thread(work, *args)
-    except TimeoutError:
-        raise HTTPError(422, "too few lines of the log have a time") from None
-
-
-async def search(gen: LogFile, query: dict[str, str]) -> dict[str, Any]:
-    """HTTPError, when it cannot be done or takes too long."""
-    terms = await apart(terms_of, query.get("q", ""))
-    limit = natural(query, "limit", 200, 1, 1000)
-    before = natural(query, "before", gen.size, 0, 1 << 62)
-    child = child_for(terms, query.get("case") == "1")
-    try:
-        await asyncio.wait_for(search_places.acquire(), 3)
-    except TimeoutError:
-        raise HTTPError(503, "too many searches at a time", Retry_After="3") from None
-    counters["searches_total"] += 1
-    try:
-        return await backwards(gen, min(before, gen.size), child, limit)
-    finally:
-        search_places.release()
-
-
-async def backwards(gen: LogFile, before: int, child: Child, limit: int) -> dict[str, Any]:
-    """Growing pieces, from the end to the beginning, for 3 s and 256 MiB at most."""
-    begun, size = time.monotonic(), gen.size
-    top = at = await apart(line_before, gen, before, size)
-    lowest, piece = max(0, top - 256 * MIB), MIB
-    found, searched = list[Stretch](), list[Stretch]()
-    while at > lowest and len(found) < limit:
-        start = await apart(line_before, gen, max(lowest, at - piece), size)
+        """Answer a question about this file, unless the client means another generation."""
+        etag = f'"{file.name}"'
         try:
-            async with asyncio.timeout(5.0 if at == top else begun + 3 - time.monotonic()):
-                more, fed = await search_piece(gen, start, at, size, child, limit - len(found))
+            check_if_match(context.request, etag)
+            if context.path == "/api/audit":
+                response = await range_response(file, context.request.headers.get("Range", ""))
+            else:
+                answer = await self.answer(file, context)
+                response = make_response(200, json.dumps(answer, ensure_ascii=False).encode(), JSON)
+        except HTTPError as error:
+            response = error_response(context.path, error)
+        except OSError as error:
+            failure = HTTPError(503, f"the log cannot be read: {error.strerror}")
+            response = error_response(context.path, failure)
+
+        response.headers["ETag"] = etag
+        return response
+
+    async def answer(self, file: LogFile, context: RequestContext) -> Answer:
+        query = context.query
+        if context.path == "/api/search":
+            return await self.search(file, query)
+        if context.path == "/api/counts":
+            return await self.count(file, query)
+        if context.path == "/api/timeline":
+            points = int_parameter(query, "points", 200, 1, 2000)
+            return await self.scan(timeline, file, points, self.zone)
+        return await self.scan(seek, file, wanted_time(query, self.zone), self.zone)
+
+    async def scan(self, work: Callable[..., T], *args: Any) -> T:
+        try:
+            async with asyncio.timeout(SCAN_S), self.scan_places:
+                return await run_in_thread(work, *args)
         except TimeoutError:
-            if at == top:
-                raise HTTPError(422, "the search is too expensive: simplify it") from None
-            break
-        found, searched, at, piece = more + found, fed + searched, start, piece * 4
-    matches = await apart(matches_at, gen, found)
-    at = matches[0]["start"] if len(found) >= limit or len(matches) < len(found) else at
-    edges = [at, *(offset for stretch in searched for offset in stretch if stretch[1] > at), top]
-    skipped = [[start, end] for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-    answer = {"matches": matches, "scanned": [at, top], "size": size}
-    return answer | ({"skipped": skipped} if skipped else {})
+            raise HTTPError(422, "too few lines of the log have a time") from None
+
+    async def search(self, file: LogFile, query: Query) -> Answer:
+        """Return the newest matching lines, and how far the search came. Raises HTTPError."""
+        limit = int_parameter(query, "limit", 200, 1, 1000)
+        search = await self.prepare(file, query)
+        edges = await self.in_pool(line_starts, search, piece_ends(search.before))
+
+        pieces = await self.grep(search, edges, limit, functools.partial(read_matches, limit))
+        found = [match for piece in reversed(pieces) for match in piece.found][-limit:]
+        matches = await self.in_pool(match_texts, file, found)
+
+        start = reached(pieces, edges)
+        if len(found) == limit or len(matches) < len(found):
+            start = matches[0]["start"]
+        return {"matches": matches, **coverage(search, pieces, start, edges[0])}
+
+    async def count(self, file: LogFile, query: Query) -> Answer:
+        """Return how many lines of each stretch match, and how far it came. Raises HTTPError."""
+        number = int_parameter(query, "stretches", 200, 1, 400)
+        search = await self.prepare(file, query)
+        edges, starts = await self.in_pool(stretch_edges, search, number)
+
+        pieces = await self.grep(search, edges, math.inf, functools.partial(count_matches, starts))
+        counts = sum((piece.found for piece in pieces), collections.Counter[int]())
+        start = reached(pieces, edges)
+        stretches = [
+            (max(start, low), high, counts[low])
+            for low, high in itertools.pairwise(starts)
+            if high > start
+        ]
+        covered = coverage(search, pieces, start, edges[0])
+        return {"stretches": stretches[::-1], **covered}
+
+    async def prepare(self, file: LogFile, query: Query) -> Search:
+        """Return what a query asks for. Raises HTTPError."""
+        size = file.size
+        before = min(size, int_parameter(query, "before", size, 0, 1 << 62))
+        case = query.get("case") == "1"
+        pattern = await self.in_pool(grep_pattern, file, query.get("q", ""), case)
+        return Search(file, size, before, pattern)
+
+    async def grep(
+        self, search: Search, edges: list[int], enough: float, read: Reader
+    ) -> list[Piece]:
+        """Return the pieces that were searched, the newest first. Raises HTTPError."""
+        try:
+            await asyncio.wait_for(self.search_places.acquire(), 3)
+        except TimeoutError:
+            raise HTTPError(503, "too many searches at a time", Retry_After="3") from None
+
+        counters["searches_total"] += 1
+        begun = time.monotonic()
+        waiting = collections.deque(itertools.pairwise(edges))
+        running: collections.deque[asyncio.Task[Piece]] = collections.deque()
+        done: list[Piece] = []
+        try:
+            while (waiting or running) and sum(len(piece.found) for piece in done) < enough:
+                # The first piece is searched alone: often that is enough, or already too much.
+                while waiting and len(running) < (self.cores if done else 1):
+                    end, start = waiting.popleft()
+                    running.append(asyncio.create_task(self.grep_piece(search, start, end, read)))
+
+                limit_s = SEARCH_S if done else FIRST_PIECE_S
+                await asyncio.wait([running[0]], timeout=begun + limit_s - time.monotonic())
+                if not running[0].done():
+                    break
+                done.append(running.popleft().result())
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            self.search_places.release()
+
+        if len(edges) > 1 and not done:
+            raise HTTPError(422, TOO_EXPENSIVE)
+        return done
+
+    async def grep_piece(self, search: Search, start: int, end: int, read: Reader) -> Piece:
+        """Search the lines between two offsets. Raises HTTPError."""
+        process, pattern_fd = start_grep(search.pattern)
+        assert process.stdin and process.stdout
+        fed: list[ByteRange] = []
+        lines = whole_lines(search, start, end)
+        # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
+        feeding = self.in_pool(feed_grep, search.pattern, pattern_fd, lines, process.stdin, fed)
+        reading = self.in_pool(read, process.stdout, fed)
+        try:
+            await asyncio.wait([feeding, reading])
+        except asyncio.CancelledError:
+            process.kill()
+            await asyncio.wait([feeding, reading])
+            raise
+        finally:
+            process.wait()
+
+        if process.returncode not in (0, 1):  # 2: the limits of PCRE, or no PCRE; negative: ours
+            raise await self.in_pool(grep_failure)
+        feeding.result()
+        return Piece(start, fed, reading.result())
+
+    def in_pool(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self.threads, work, *args)
 
 
-async def search_piece(
-    gen: LogFile, start: int, end: int, size: int, child: Child, most: int
-) -> tuple[list[Stretch], list[Stretch]]:
-    """The last matches between two offsets, and the stretches that were searched."""
-    command, mend = child
-    process = start_child(command)
-    # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
-    feeding = apart(feed_child, whole_lines(gen, start, end, size), mend, process.stdin)
-    threads: list[asyncio.Future[Any]] = [feeding, apart(collect, process.stdout, most)]
-    try:
-        await asyncio.wait(threads)
-    except asyncio.CancelledError:
-        process.kill()
-        await asyncio.wait(threads)
-        raise
-    finally:
-        process.wait()
-    if process.returncode not in (0, 1):  # 2: the limits of PCRE; -9, -24: ours
-        raise HTTPError(422, "the search is too expensive: simplify it")
-    fed, found = feeding.result(), []
-    offsets = list(itertools.accumulate((until - at for at, until in fed), initial=0))
-    for offset, length in threads[1].result():
-        number = bisect.bisect(offsets, offset) - 1
-        at = fed[number][0] + offset - offsets[number]
-        found.append((at, min(at + length, end)))
-    return found, fed
+def usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-@functools.cache
-def has_pcre() -> bool:
-    with contextlib.suppress(OSError):
-        quiet = subprocess.DEVNULL
-        return subprocess.run(["grep", "-abP", "-e", "x"], stdin=quiet, stdout=quiet, stderr=quiet).returncode == 1
-    return False
+def check_if_match(request: Request, etag: str) -> None:
+    wanted = request.headers.get("If-Match", "*").split(",")
+    if not {"*", etag} & {tag.strip() for tag in wanted}:
+        raise HTTPError(412, "the log has been replaced since (If-Match)")
 
 
-def child_for(terms: list[Term], case: bool) -> Child:
-    """HTTPError where there is none for a query."""
-    if has_pcre():
-        first, alone = terms[0], len(terms) == 1 and not terms[0].exclude
-        every = "^" + "".join(f"(?{'!' if exclude else '='}.*(?:{pattern}))" for exclude, _, pattern in terms)
-        mend = not (alone and first.plain) or "\ufffd" in first.plain  # else it can only be found between such bytes
-        return ["grep", "-abP" if case else "-abPi", "-e", first.pattern if alone else every], mend
-    if any(term.plain is None for term in terms):
-        raise HTTPError(501, "regular expressions need GNU grep with -P on this server; plain text does not")
-    return [sys.executable, "-I", "-c", PLAIN_SEARCH, json.dumps([case, *(term[:2] for term in terms)])], True
+# Ranges
 
 
-def start_child(command: list[str]) -> subprocess.Popen[bytes]:
-    """With limits, so that it ends even if we do not live to end it."""
-    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-    environment = {"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)}
-    try:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, env=environment)
-    except OSError as error:
-        raise HTTPError(503, f"no search can be started: {error.strerror}") from None
-    with contextlib.suppress(OSError, ValueError):
-        resource.prlimit(process.pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
-        resource.prlimit(process.pid, resource.RLIMIT_CPU, (10, 10))
-    return process
+async def range_response(file: LogFile, header: str) -> Response:
+    """Return the latest lines, or at most 1 MiB of the range (RFC 9110, 14). Raises HTTPError."""
+    if not header.lower().startswith("bytes="):
+        body = await asyncio.to_thread(latest_lines, file)
+        return make_response(200, body, TEXT, Accept_Ranges="bytes")
+
+    size = file.size
+    start, end = requested_range(header, size)
+    if start >= end:
+        content_range = f"bytes */{size}"
+        raise HTTPError(416, "no such range", Accept_Ranges="bytes", Content_Range=content_range)
+    body = await asyncio.to_thread(file.read_bytes, start, min(end, start + MIB))
+    content_range = f"bytes {start}-{start + len(body) - 1}/{size}"
+    return make_response(206, body, TEXT, Accept_Ranges="bytes", Content_Range=content_range)
 
 
-def line_before(gen: LogFile, offset: int, size: int) -> int:
-    """The last line start at or before offset; offset itself within a line over 1 MiB."""
-    for most in (4 * KIB, MIB + 1) if 0 < offset < size else ():
+def requested_range(header: str, size: int) -> ByteRange:
+    """Return the range that the header asks for, an empty one if there is none."""
+    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", header, re.A | re.I)
+    first, last = match.groups() if match else ("", "")
+    if not first:
+        return max(0, size - int(last or 0)), size
+    return int(first), min(int(last) + 1, size) if last else size
+
+
+def latest_lines(file: LogFile) -> bytes:
+    end = file.complete_end()
+    return file.read_bytes(file.line_start(end, 64 * KIB), end)
+
+
+# Search: pieces of the file through greps
+
+TOO_EXPENSIVE = "the search is too expensive: simplify it"
+
+
+class Pattern(NamedTuple):
+    """What grep looks for, and whether invalid UTF-8 could hide it."""
+
+    options: str
+    pcre: bytes
+    needs_valid_utf8: bool
+
+
+class Search(NamedTuple):
+    """What a call asks for: the file as long as it is now, from `before` backwards."""
+
+    file: LogFile
+    size: int
+    before: int
+    pattern: Pattern
+
+
+class Piece(NamedTuple):
+    """What one grep found in the lines from `start` on, and which ranges it was fed."""
+
+    start: int
+    fed: list[ByteRange]
+    found: Any
+
+
+def grep_pattern(file: LogFile, query: str, case: bool) -> Pattern:
+    """Return what grep has to look for. Raises HTTPError."""
+    terms = parse_query(query)
+    if encoding := utf16_name(file.read_bytes(0, FINGERPRINT_BYTES)):
+        raise HTTPError(422, f"the log is {encoding}: only UTF-8 can be searched")
+
+    options = "-abP" if case else "-abPi"
+    first = terms[0]
+    if len(terms) > 1 or first.exclude:
+        each = (f"(?{'!' if term.exclude else '='}.*(?:{term.pattern}))" for term in terms)
+        return Pattern(options, f"^{''.join(each)}".encode(), True)
+
+    # Plain text cannot match inside invalid bytes, so they can stay.
+    spans_invalid = first.text is None or "\ufffd" in first.text
+    return Pattern(options, first.pattern.encode(), spans_invalid)
+
+
+def piece_ends(before: int) -> list[int]:
+    """Return where pieces end and begin, the newest first: at most SEARCH_BYTES."""
+    ends = [before - back for back in itertools.accumulate(PIECES, initial=0)]
+    return [max(0, end, before - SEARCH_BYTES) for end in ends]
+
+
+def stretch_edges(search: Search, number: int) -> tuple[list[int], list[int]]:
+    """Return the edges of pieces, newest first, and of the stretches in them, oldest first."""
+    borders = [search.size * n // number for n in range(number + 1)]
+    ends = piece_ends(search.before)
+    if borders[1] < PIECES[-1]:  # let pieces, and so a call, end where stretches do
+        later = (borders[bisect.bisect_left(borders, end)] for end in ends[1:])
+        ends[1:] = [min(border, search.before) for border in later]
+
+    edges = line_starts(search, ends)
+    inner = [border for border in borders if edges[-1] < border < edges[0]]
+    starts = line_starts(search, [edges[0], *inner, edges[-1]])
+    return edges, starts[::-1]
+
+
+def line_starts(search: Search, offsets: list[int]) -> list[int]:
+    """Return the last line starts at or before these offsets, each once, the newest first."""
+    starts = {line_before(search.file, offset, search.size) for offset in offsets}
+    return sorted(starts, reverse=True)
+
+
+def line_before(file: LogFile, offset: int, size: int) -> int:
+    """Return the last line start at or before offset; offset itself in a line over 1 MiB."""
+    if not 0 < offset < size:
+        return offset
+    for most in (4 * KIB, MAX_LINE + 1):
         low = max(0, offset - most)
-        at = gen.read_bytes(low, offset).rfind(b"\n") + 1
-        if at or not low:
-            return low + at
+        line = file.read_bytes(low, offset).rfind(b"\n") + 1
+        if line or not low:
+            return low + line
     return offset
 
 
-def whole_lines(gen: LogFile, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Where they begin, and many at a time; without those over 1 MiB, and holes."""
-    at = end_of_line(gen, start - 1, end) if start else 0
-    while at < end:
-        data = gen.read_data(at, min(end, at + MIB + 1))
-        whole = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
-        if whole:
-            yield at, data[:whole]
-        at = at + whole if whole else end_of_line(gen, at, end)
+def reached(pieces: list[Piece], edges: list[int]) -> int:
+    return pieces[-1].start if pieces else edges[0]
 
 
-def end_of_line(gen: LogFile, at: int, end: int) -> int:
-    """Behind the next newline, or behind the next hole."""
+def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answer:
+    """Return what an answer says about how far it came, and what was not searched."""
+    skipped = []
+    at = start
+    fed = [one for piece in reversed(pieces) for one in piece.fed]
+    for low, high in [*fed, (end, end)]:
+        if at < low:
+            skipped.append((at, low))
+        at = max(at, high)
+
+    covered: Answer = {"scanned": (start, end), "size": search.size}
+    return covered | {"skipped": skipped} if skipped else covered
+
+
+def start_grep(pattern: Pattern) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a grep that waits for its lines, and for its pattern: no process list shows it."""
+    pattern_end, pattern_fd = os.pipe()
+    try:
+        process = subprocess.Popen(
+            ["grep", pattern.options, "-f", f"/dev/fd/{pattern_end}"],
+            bufsize=FEED_BYTES,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[pattern_end],
+            env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)},
+        )
+    except FileNotFoundError:
+        os.close(pattern_fd)
+        raise HTTPError(501, NO_PCRE) from None
+    except OSError as error:
+        os.close(pattern_fd)
+        raise HTTPError(503, f"no search can be started: {error.strerror}") from None
+    finally:
+        os.close(pattern_end)
+
+    limit_child(process.pid)
+    return process, pattern_fd
+
+
+def limit_child(pid: int) -> None:
+    """Let the stream go first, and let grep end even if the server does not live to end it."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, 10)
+        if hasattr(resource, "prlimit"):  # not on macOS
+            resource.prlimit(pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
+            resource.prlimit(pid, resource.RLIMIT_CPU, (10, 10))
+
+
+NO_PCRE = "a search needs GNU grep with -P on this server: install the package grep"
+
+
+def grep_failure() -> HTTPError:
+    """Return why a grep failed: it was too much for it, or it knows no -P."""
+    quiet = subprocess.DEVNULL
+    with contextlib.suppress(OSError):
+        command = ["grep", "-abP", "x"]
+        trial = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet)
+        if trial.returncode != 1:
+            return HTTPError(501, NO_PCRE)
+    return HTTPError(422, TOO_EXPENSIVE)
+
+
+def feed_grep(
+    pattern: Pattern,
+    pattern_fd: int,
+    lines: Lines,
+    pipe: IO[bytes],
+    fed: list[ByteRange],
+) -> None:
+    """Write the pattern and the lines, in a thread, and note which ranges these are."""
+    with contextlib.suppress(BrokenPipeError), pipe:
+        with open(pattern_fd, "wb") as pattern_pipe:
+            pattern_pipe.write(pattern.pcre)
+
+        for at, data in lines:
+            start = fed.pop()[0] if fed and fed[-1][1] == at else at
+            fed.append((start, at + len(data)))
+            if pattern.needs_valid_utf8:
+                data = replace_invalid_utf8(data)
+            os.write(pipe.fileno(), data)  # a pipe that blocks takes all
+
+
+def whole_lines(search: Search, start: int, end: int) -> Lines:
+    """Yield offset and bytes of many lines at a time, without those over 1 MiB, and holes."""
+    file, size = search.file, search.size
+    at = next_line(file, start - 1, end) if start else 0
     while at < end:
-        data = gen.read_data(at, min(end, at + MIB))
+        for most in (FEED_BYTES, MAX_LINE + 1):
+            data = file.read_data(at, min(end, at + most))
+            length = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
+            if length or len(data) < most:
+                break
+
+        if length:
+            yield at, data[:length]
+        at = at + length if length else next_line(file, at, end)
+
+
+def next_line(file: LogFile, at: int, end: int) -> int:
+    """Return the offset behind the next newline, or behind the next hole."""
+    while at < end:
+        data = file.read_data(at, min(end, at + MIB))
         if not data:
-            return min(end, gen.next_data(at) or end)
-        if cut := data.find(b"\n") + 1:
-            return at + cut
+            return min(end, file.next_data(at) or end)
+        if line := data.find(b"\n") + 1:
+            return at + line
         at += len(data)
     return end
 
 
-def feed_child(lines: Iterator[tuple[int, bytes]], mend: bool, pipe: IO[bytes]) -> list[Stretch]:
-    """In a thread: the lines to the child. -> which stretches of the log it got"""
-    with contextlib.suppress(OSError, AttributeError):
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)
-    fed = []
-    with contextlib.suppress(BrokenPipeError), pipe:
-        for at, data in lines:
-            pipe.write(same_length(data) if mend else data)
-            fed.append((at, at + len(data)))
-    return fed
-
-
-def same_length(data: bytes) -> bytes:
-    """Valid UTF-8, for PCRE: what is no character becomes one that is as long as it, and neither letter nor space."""
+def replace_invalid_utf8(data: bytes) -> bytes:
+    """Return valid UTF-8 of the same length: PCRE matches no further than invalid bytes."""
     at = len(data) if data.isascii() else 0
     try:
-        while at < len(data):  # in pieces that the processor's cache holds: twice as fast
-            at += codecs.utf_8_decode(data[at : at + 64 * KIB], "strict", at + 64 * KIB >= len(data))[1]
+        while at < len(data):  # chunks that fit into the processor's cache: twice as fast
+            chunk = data[at : at + 64 * KIB]
+            at += codecs.utf_8_decode(chunk, "strict", at + len(chunk) == len(data))[1]
         return data
     except UnicodeDecodeError:
         return data.decode(errors="audit_stream.stand_in").encode()
 
 
 def stand_in(error: UnicodeError) -> tuple[str, int]:
+    """Return a character as long as the invalid bytes, and neither letter nor space."""
     assert isinstance(error, UnicodeDecodeError)
     return "\x1a\x9f\ufffd"[error.end - error.start - 1], error.end
 
@@ -3513,149 +3682,2023 @@ def stand_in(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("audit_stream.stand_in", stand_in)
 
 
-def collect(pipe: IO[bytes], most: int) -> collections.deque[Stretch]:
-    """In a thread: offset and length of the last matches."""
+def read_matches(most: int, pipe: IO[bytes], fed: list[ByteRange]) -> list[ByteRange]:
+    """Return the ranges of the last lines that grep found."""
     with pipe:
-        matches = (line.partition(b":") for line in pipe)  # at most 1 MiB, as they were fed
-        return collections.deque(((int(offset), len(line)) for offset, _, line in matches), most)
+        lines = (line.partition(b":") for line in pipe)  # at most 1 MiB each, as they were fed
+        last = collections.deque(((offset, len(line)) for offset, _, line in lines), most)
+
+    starts = [(file_offset(fed, int(offset)), length) for offset, length in last]
+    # At the end of the file grep ends a line that is unfinished.
+    return [(start, min(start + length, fed[-1][1])) for start, length in starts]
 
 
-def matches_at(gen: LogFile, places: list[Stretch]) -> list[dict[str, Any]]:
-    """The last of these matches, 1 MiB of text or little more, each with its first 16 KiB."""
-    matches: list[dict[str, Any]] = []
-    left, most = MIB, 16 * KIB
-    for start, end in reversed(places):
-        if left > 0:
-            text = gen.read_bytes(start, start + min(end - start, most + 1)).removesuffix(b"\n")[:most]
-            cut = whole_characters(text) if end - start > most else len(text)
-            matches.append({"start": start, "end": end, "text": text[:cut].decode(errors="replace")})
-            left -= min(end - start, most)
+def count_matches(
+    starts: list[int], pipe: IO[bytes], fed: list[ByteRange]
+) -> collections.Counter[int]:
+    """Count the lines that grep found, by the start of the stretch in which they are."""
+
+    def stretch_of(line: bytes) -> int:
+        offset = file_offset(fed, int(line[: line.index(b":")]))
+        return starts[bisect.bisect_right(starts, offset) - 1]
+
+    counts = collections.Counter[int]()
+    with pipe:
+        while lines := pipe.readlines(FEED_BYTES):
+            while lines:
+                stretch = stretch_of(lines[0])
+                number = bisect.bisect_right(lines, stretch, key=stretch_of)
+                counts[stretch] += number
+                del lines[:number]
+    return counts
+
+
+def file_offset(fed: list[ByteRange], offset: int) -> int:
+    """Return where in the file the byte is that grep got at an offset of its own."""
+    for start, end in fed:
+        if offset < end - start:
+            return start + offset
+        offset -= end - start
+    raise AssertionError("grep found what it was not given")
+
+
+def match_texts(file: LogFile, found: list[ByteRange]) -> list[Answer]:
+    """Return the last of these lines, 1 MiB of text or little more, each with its first 16 KiB."""
+    matches: list[Answer] = []
+    left = MAX_ANSWER_TEXT
+    for start, end in reversed(found):
+        if left <= 0:
+            break
+        data = file.read_bytes(start, min(end, start + MAX_MATCH_TEXT + 1)).removesuffix(b"\n")
+        text = data[:MAX_MATCH_TEXT]
+        cut = whole_characters(text) if end - start > MAX_MATCH_TEXT else len(text)
+        decoded = text[:cut].decode(errors="replace")
+        matches.append({"start": start, "end": end, "text": decoded})
+        left -= len(text)
     return matches[::-1]
 
 
-def parse_time(text: str) -> float | None:
-    """In seconds since 1970; without a zone it is UTC."""
-    with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.datetime.fromisoformat(re.sub(r" (?=[+-])", "", text))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
-    return None
+# Encodings: what is not UTF-8 is searched as far as it is ASCII, UTF-16 not at all
+
+UTF16 = (
+    ("UTF-16 (little-endian)", codecs.BOM_UTF16_LE, 1),
+    ("UTF-16 (big-endian)", codecs.BOM_UTF16_BE, 0),
+)
 
 
-def timeline(gen: LogFile, points: int, unwanted: threading.Event) -> dict[str, Any]:
-    """The times at the beginning of lines that are spread evenly over the log."""
-    size = gen.size
-    wanted = (size * n // points for n in range(points) if size and not unwanted.is_set())
-    offsets = sorted({line_before(gen, offset, size) for offset in wanted})
-    stamps = (STAMP.match(b"\n" + gen.read_bytes(at, at + 64)) for at in offsets)
-    times = (parse_time(stamp[1].decode()) if stamp else None for stamp in stamps)
-    return {"size": size, "points": list(zip(offsets, times, strict=True))}
+def encoding_of(file: LogFile) -> str | None:
+    """Return in a few words what a log that is not UTF-8 probably is. Raises OSError."""
+    size = file.size
+    if name := utf16_name(file.read_bytes(0, FINGERPRINT_BYTES)):
+        return name
+
+    lines: list[bytes] = []
+    for at in range(0, size, max(FINGERPRINT_BYTES, size // 16)):
+        block = file.read_bytes(at, min(size, at + FINGERPRINT_BYTES)).split(b"\n")
+        lines += block[bool(at) : -1]
+    invalid = [line for line in lines if not is_utf8(line)]
+    if 100 * len(invalid) < len(lines) or not invalid:
+        return None
+
+    foreign = re.findall(rb"[\x80-\xff]+", b"\n".join(invalid))
+    single = sum(len(letters) == 1 for letters in foreign)
+    kind = "Latin-1 or Windows-1252" if 2 * single > len(foreign) else "another encoding"
+    percent = 100 * len(invalid) // len(lines)
+    return f"not UTF-8 in {percent} % of its lines, perhaps {kind}"
 
 
-def seek(gen: LogFile, wanted: float, unwanted: threading.Event) -> dict[str, Any]:
-    """The first line at or after a time; a line without one belongs to the line above."""
-    low, high = 0, gen.size
-    found: tuple[int, float | None] = high, None
-    while high - low > 64 * KIB:
-        middle = (low + high) // 2
-        line = next(timed_lines(gen, middle, high, unwanted), None)
-        if line and line[1] < wanted:
-            low = line[0]
-        else:
-            high, found = middle, line or found
-    found = next((line for line in timed_lines(gen, low, high, unwanted) if line[1] >= wanted), found)
-    return dict(zip(("offset", "time"), found, strict=True))
-
-
-def timed_lines(gen: LogFile, start: int, end: int, unwanted: threading.Event) -> Iterator[tuple[int, float]]:
-    """Offset and time of the lines that begin from start to end."""
-    at = end_of_line(gen, start - 1, end) if start else 0
-    while at < end and not unwanted.is_set():
-        data = gen.read_data(at, at + 64 * KIB)
-        for stamp in STAMP.finditer(b"\n" + data):
-            if at + stamp.start() < end and (time := parse_time(stamp[1].decode())) is not None:
-                yield at + stamp.start(), time
-        whole_lines = data.rfind(b"\n") + 1
-        at = at + whole_lines if whole_lines else end_of_line(gen, at, end)
-
-
-async def history(gen: LogFile, call: RequestContext) -> Response:
-    """The log as it is, by range, search or time, unless it is another one by now."""
-    etag = f'"{gen.name}"'
+def is_utf8(data: bytes) -> bool:
     try:
-        if not {"*", etag} & {tag.strip() for tag in call.request.headers.get("If-Match", "*").split(",")}:
-            raise HTTPError(412, "the log is another one by now")
-        if call.path == "/api/audit":
-            response = await excerpt(gen, call.request.headers.get("Range", ""))
-        else:
-            found = await question(gen, call)
-            response = answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON)
-    except HTTPError as trouble:
-        response = refusal(call.path, trouble)
-    response.headers["ETag"] = etag
-    return response
+        return bool(data.decode() or True)
+    except UnicodeDecodeError:
+        return False
 
 
-def question(gen: LogFile, call: RequestContext) -> Coroutine[Any, Any, dict[str, Any]]:
-    query = query_of(call.connection)
-    if call.path == "/api/search":
-        return search(gen, query)
-    if call.path == "/api/timeline":
-        return walk(timeline, gen, natural(query, "points", 200, 1, 2000))
-    return walk(seek, gen, wanted_time(query))
+def utf16_name(head: bytes) -> str:
+    """Return what a log is that begins like UTF-16: with its mark, or letters beside NULs."""
+    for name, mark, high in UTF16:
+        nuls = head[high::2].count(0)
+        others = head[1 - high :: 2].count(0)
+        if head.startswith(mark) or nuls > len(head) // 4 + 8 * others:
+            return name
+    return ""
 
 
-def wanted_time(query: dict[str, str]) -> float:
-    text = query.get("time", "").strip("[] ")
-    # A plus sign in an address is a space.
-    wanted = parse_time(re.sub(r"(?<=:\d\d)([.,]\d+)? (?=\d\d(:?\d\d)?$)", r"\1+", text))
+# Times of lines
+
+
+def wanted_time(query: Query, zone: datetime.tzinfo) -> float:
+    wanted = parse_moment(query.get("time", ""), zone)
     if wanted is None:
-        raise HTTPError(400, "time is no date and time as in 2025-12-17T17:40:37Z")
+        raise HTTPError(400, "time must be a date and time like 2025-12-17T17:40:37Z")
     return wanted
 
 
-async def excerpt(gen: LogFile, wanted: str) -> Response:
-    """The latest whole lines, or the range that is wanted, at most 1 MiB of it (RFC 9110, section 14)."""
-    if not wanted.lower().startswith("bytes="):
-        return answer(200, await asyncio.to_thread(latest_lines, gen), TEXT, Accept_Ranges="bytes")
-    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
-    first, last = match.groups() if match else ("", "")
-    size = gen.size
-    start = int(first) if first else max(0, size - int(last or 0))
-    end = min(int(last) + 1, size) if first and last else size
-    if start >= end:
-        raise HTTPError(416, "there is no such range", Accept_Ranges="bytes", Content_Range=f"bytes */{size}")
-    body = await asyncio.to_thread(gen.read_bytes, start, start + min(end - start, MIB))
-    content = f"bytes {start}-{start + len(body) - 1}/{size}"
-    return answer(206, body, TEXT, Accept_Ranges="bytes", Content_Range=content)
+def timeline(
+    file: LogFile, points: int, zone: datetime.tzinfo, cancelled: threading.Event
+) -> Answer:
+    """Return the times of lines that are spread evenly over the file."""
+    size = file.size
+    wanted = (size * n // points for n in range(points) if size and not cancelled.is_set())
+    offsets = sorted({line_before(file, offset, size) for offset in wanted})
+    time_format = detect_time_format(file, zone)
+    if not time_format:
+        return {"size": size, "format": None, "points": [(at, None) for at in offsets]}
+
+    known = []
+    for at in offsets:
+        seconds = time_format.time_of(file.read_bytes(at, at + HEAD_BYTES), at)
+        if seconds is not None:
+            known.append((at, seconds))
+    times = dict(plausible_times(known, time.time()))
+    return {
+        "size": size,
+        "format": time_format.name,
+        "points": [(at, times.get(at)) for at in offsets],
+    }
 
 
-def latest_lines(gen: LogFile) -> bytes:
-    end = gen.complete_end()
-    start = gen.line_start(end, 64 * KIB)
-    return gen.read_bytes(start, end)
+def seek(
+    file: LogFile, wanted_s: float, zone: datetime.tzinfo, cancelled: threading.Event
+) -> Answer:
+    """Find the first line at or after a time, by bisection. Raises HTTPError if no line has one."""
+    time_format = detect_time_format(file, zone)
+    if not time_format:
+        raise HTTPError(422, "no line of the log has a time that is known")
+
+    now_s = time.time()
+    low, high = 0, file.size
+    found: tuple[int, float | None] = high, None
+    while high - low > TIMES_BYTES:
+        middle = (low + high) // 2
+        lines = timed_lines(file, time_format, middle, high, cancelled)
+        some = plausible_times(list(itertools.islice(lines, 8)), now_s)
+        # The first one has no neighbour before it here: if it is ahead of the second one, it leaps.
+        line = min(some[:2], key=lambda line: line[1], default=None)
+        if line and line[1] < wanted_s:
+            low = line[0]
+        else:
+            high, found = middle, line or found
+
+    # A little further, so that the last line has its neighbours too.
+    lines = timed_lines(file, time_format, low, high + 4 * KIB, cancelled)
+    for at, seconds in plausible_times(list(lines), now_s):
+        if seconds >= wanted_s and at < high:
+            found = at, seconds
+            break
+    return {"offset": found[0], "time": found[1]}
 
 
-# ---- 9 Proof ----
+def timed_lines(
+    file: LogFile, time_format: TimeFormat, start: int, end: int, cancelled: threading.Event
+) -> Iterator[tuple[int, float]]:
+    """Yield offset and time of the lines that begin from start to end."""
+    size = file.size
+    at = next_line(file, start - 1, end) if start else 0
+    while at < min(end, size) and not cancelled.is_set():
+        data = file.read_data(at, min(size, at + TIMES_BYTES))
+        length = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
+        for line, seconds in time_format.times_in(data[:length] or data, at):
+            if at + line < end:
+                yield at + line, seconds
+        at = at + length if length else next_line(file, at, end)
+
+
+# The whole past: the log and its rotated files, each under the name of its generation
+
+MAX_UNPACKED = 16  # files at a time
+MAX_UNPACKED_BYTES = 4096 * MIB  # together
+MAX_FILE_BYTES = 1024 * MIB  # each, and half of what is free
+KEEP_S = 300.0  # after somebody looked at it
+DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
+
+FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
+
+
+class PastFile(NamedTuple):
+    """What is known of a rotated file, by one small read; `size` and `last` are None until it is unpacked."""
+
+    key: FileKey
+    path: str
+    compressed: str
+    generation: str
+    size: int | None
+    first: float | None = None
+    last: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        packed = self.key[2] if self.compressed else None
+        about = {"generation": self.generation, "name": file_name(self.path), "size": self.size}
+        return about | {"packed": packed, "first": self.first, "last": self.last}
+
+
+class FileSet:
+    """The log and its rotated files: their names, and those that were decompressed, for a while."""
+
+    def __init__(self, follower: LogFollower, zone: datetime.tzinfo) -> None:
+        self.follower, self.zone = follower, zone
+        self.known: dict[tuple[int, int], PastFile] = {}  # by device and inode
+        self.heads: dict[str, bytes] = {}  # the first bytes of each generation, by its name
+        self.listing = asyncio.Lock()
+        self.places = asyncio.Semaphore(2)
+        self.unpacking: dict[FileKey, asyncio.Task[LogFile]] = {}
+        self.used_s: dict[FileKey, float] = {}
+
+    async def describe(self) -> dict[str, Any]:
+        """Return the answer of /api/files: the oldest file first, the log last."""
+        current = self.follower.current
+        past = await self.past_files()
+        first, last = await run_in_thread(time_span, current, self.zone)
+        log = self.known[file_key(current.status())[:2]]
+        log = log._replace(size=current.size, first=first, last=last)
+        return {"files": [file.describe() for file in (*past, log)]}
+
+    async def file_of(self, context: RequestContext) -> LogFile:
+        """Return the file that a request is about. Raises HTTPError."""
+        current = self.follower.current
+        generation = context.query.get("generation", current.name)
+        if generation == current.name:
+            return current
+
+        for past in await self.past_files():
+            if past.generation == generation and past.compressed:
+                return await self.unpacked(past)
+            if past.generation == generation:
+                return await run_in_thread(open_past_file, past)
+        raise HTTPError(404, "no file of this log has this generation")
+
+    async def past_files(self) -> list[PastFile]:
+        async with self.listing:
+            return await run_in_thread(self.look, self.follower.current)
+
+    def look(self, current: LogFile, cancelled: threading.Event) -> list[PastFile]:
+        """Return the rotated files, the oldest first. What is known is not read again."""
+        log = file_key(current.status())
+        found: dict[FileKey, RotatedName | None] = {log: None}
+        for rotated in reversed(rotated_files(self.follower.path)):
+            with contextlib.suppress(OSError):
+                status = os.stat(rotated.path)
+                if stat.S_ISREG(status.st_mode):
+                    found.setdefault(file_key(status), rotated)
+
+        # A renamed file keeps its name, a changed one too if it still begins with the same bytes.
+        same_inode = ((key, self.known.get(key[:2])) for key in found)
+        known = {key: file for key, file in same_inode if file}
+        known[log] = PastFile(log, self.follower.path, "", current.name, current.size)
+        self.heads[current.name] = current.read_bytes(0, FINGERPRINT_BYTES)
+        taken = {file.generation for key, file in known.items() if file.key == key}
+        files = {}
+        for key, name in found.items():
+            file = known.get(key)
+            if file and file.key == key:
+                files[key] = file._replace(path=name.path if name else file.path)
+            elif name:
+                files[key] = self.examine(name, key, file, taken, cancelled)
+                taken.add(files[key].generation)
+
+        self.known = {key[:2]: file for key, file in files.items()}
+        self.heads = {name: head for name, head in self.heads.items() if name in taken}
+        del files[log]
+        return list(files.values())
+
+    def examine(
+        self,
+        rotated: RotatedName,
+        key: FileKey,
+        before: PastFile | None,
+        taken: set[str],
+        cancelled: threading.Event,
+    ) -> PastFile:
+        """Read the beginning of a file, and its end if it is not compressed."""
+        size = None if rotated.compressed else key[2]
+        try:
+            file = open_beginning(rotated, cancelled)
+            head = file.read_bytes(0, FINGERPRINT_BYTES)
+            first, last = time_span(file, self.zone)
+        except OSError:  # damaged, or not ours to read: it is named all the same
+            return PastFile(key, rotated.path, rotated.compressed, unreadable_name(key), size)
+
+        generation = self.name_of(head, before.generation if before else "", taken)
+        if rotated.compressed:
+            last = None
+        return PastFile(key, rotated.path, rotated.compressed, generation, size, first, last)
+
+    def name_of(self, head: bytes, before: str, taken: set[str]) -> str:
+        """Return the name of the generation that begins like this, and is no other file's now."""
+        base = generation_name(head)
+        further = (f"{base}-{n}" for n in itertools.count(2))
+        for name in itertools.chain([before or base, base], further):
+            if name not in taken and head.startswith(self.heads.get(name, b"")):
+                self.heads[name] = head
+                return name
+        raise AssertionError("there is always one more name")
+
+    async def unpacked(self, past: PastFile) -> LogFile:
+        """Return the file, decompressed once for all who ask. Raises HTTPError."""
+        self.forget_unused()
+        job = self.unpacking.get(past.key)
+        if not job:
+            job = self.unpacking[past.key] = asyncio.create_task(self.unpack(past))
+        self.used_s[past.key] = time.monotonic()
+        asyncio.get_running_loop().call_later(KEEP_S + 1, self.forget_unused)
+
+        await asyncio.wait([job], timeout=DECOMPRESS_S)
+        if not job.done():
+            raise HTTPError(503, "the file is being decompressed", Retry_After="2")
+        try:
+            return job.result()
+        except OSError as error:
+            raise HTTPError(422, f"{file_name(past.path)}: {error.strerror}") from None
+
+    async def unpack(self, past: PastFile) -> LogFile:
+        async with self.places:
+            file = await run_in_thread(unpack_past_file, past)
+            first, last = await run_in_thread(time_span, file, self.zone)
+        if self.known.get(past.key[:2], past).key == past.key:
+            whole = past._replace(size=file.size, first=first, last=last)
+            self.known[past.key[:2]] = whole
+        return file
+
+    def forget_unused(self) -> None:
+        """Close what nobody has looked at for a while, and what was not for longest if it is much."""
+        done = [key for key, job in self.unpacking.items() if job.done()]
+        size = sum(job_bytes(self.unpacking[key]) for key in done)
+        done.sort(key=self.used_s.__getitem__)
+        for number, key in enumerate(done):
+            unused = time.monotonic() - self.used_s[key] > KEEP_S
+            many = len(done) - number >= MAX_DECOMPRESSED
+            if not (unused or many or size > MAX_UNPACKED_BYTES):
+                break
+            size -= job_bytes(self.unpacking.pop(key))
+            del self.used_s[key]
+
+
+def file_key(status: os.stat_result) -> FileKey:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def file_name(path: str) -> str:
+    return os.fsencode(os.path.basename(path)).decode(errors="replace")
+
+
+def unreadable_name(key: FileKey) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def job_bytes(job: asyncio.Task[LogFile]) -> int:
+    return 0 if job.exception() else job.result().size
+
+
+def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
+    """Return the file, or of a compressed one its beginning. Raises OSError."""
+    if not rotated.compressed:
+        return open_log_file(rotated.path)
+    with tempfile.TemporaryFile() as copy:
+        copy.write(first_bytes(rotated.path, TIMES_BYTES))
+        copy.flush()
+        return LogFile(os.dup(copy.fileno()))
+
+
+def open_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
+    """Return a file that is not compressed. Raises HTTPError if it was renamed meanwhile."""
+    try:
+        file = open_log_file(past.path)
+    except OSError as error:
+        raise HTTPError(404, f"{file_name(past.path)}: {error.strerror}") from None
+    if file_key(file.status())[:2] != past.key[:2]:
+        raise HTTPError(503, "the log is being rotated", Retry_After="1")
+    file.name = past.generation
+    return file
+
+
+def unpack_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
+    """Decompress a file into one without a name. Raises OSError."""
+    file = decompress(past.path, MAX_FILE_BYTES, cancelled)
+    file.name = past.generation
+    return file
+
+
+def time_span(
+    file: LogFile, zone: datetime.tzinfo, cancelled: threading.Event | None = None
+) -> tuple[float | None, float | None]:
+    """Return the first and the last time in a file, as far as they stand near its ends."""
+    time_format = detect_time_format(file, zone)
+    if not time_format:
+        return None, None
+
+    size = file.size
+    cancelled = cancelled or threading.Event()
+    first = timed_lines(file, time_format, 0, TIMES_BYTES, cancelled)
+    last = timed_lines(file, time_format, max(0, size - TIMES_BYTES), size, cancelled)
+    times = plausible_times([*first, *last], time.time())
+    if not times:
+        return None, None
+    return times[0][1], times[-1][1]
+
+
+# The filter language. A term means here what it means in the page, so what it means in JavaScript.
+SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+QUOTED = '"([^"]+)"|[\u201c-\u201e]([^\u201c-\u201e]+)[\u201c\u201d]|\xab([^\xab\xbb]+)\xbb'
+TERM = re.compile(f"(!?)(?:{QUOTED}|([^{SPACE}]+))")
+PUNCTUATION = r"[!-/:-@\[-`{-~]"
+SYNTAX = re.compile(
+    rf"""
+      \\[bBdDwWsSt] | \\{PUNCTUATION}
+    | \(\?[:=!] | \((?!\?) | \)
+    | \[ (?!\^?\]) \^? (?: \\[dwst] | \\{PUNCTUATION} | [^\\\[\]] )+ \]
+    | (?: [*+?] | \{{\d{{1,4}}(?:,\d{{0,4}})?\}} ) \?? (?![*+?{{])
+    | [|.^$]
+    | [^\\\[\](){{}}|*+?.^$]
+    """,
+    re.VERBOSE,
+)
+CLASS_MEMBER = re.compile(r"\\?.", re.DOTALL)
+LOOKAHEADS = ("(?=", "(?!")
+MAX_NESTING = 50
+
+# JavaScript's meaning of what PCRE means otherwise (Debian 12's takes \S, \W and \D for ASCII).
+CLASSES = {
+    "d": "0-9",
+    "w": "A-Za-z0-9_",
+    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}"
+    r"\x{205f}\x{3000}\x{feff}",
+}
+WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
+NOT_BEHIND_RETURN = r"(?!(?<=\r)$)"  # a CR at the end is no part of the line
+STAND_INS = r"\x1a\x{9f}\x{fffd}"  # what grep gets for invalid bytes, and U+FFFD itself
+PCRE = {
+    "(?=": "(?=(?:",
+    "(?!": "(?!(?:",
+    "$": r"(?=\r?$)",
+    "\0": r"\x00",
+    "\ufffd": f"[{STAND_INS}]",
+    r"\b": f"(?:{WORD_EDGE})",
+    r"\B": f"(?!{WORD_EDGE})",
+    **{rf"\{letter}": f"[{members}]" for letter, members in CLASSES.items()},
+    **{rf"\{letter.upper()}": f"[^{members}]" for letter, members in CLASSES.items()},
+}
+
+
+class Term(NamedTuple):
+    """One term of a query: plain text, or a regular expression (then `text` is None)."""
+
+    exclude: bool
+    text: str | None
+    pattern: str  # for grep -P
+
+
+def parse_query(query: str) -> list[Term]:
+    """Return the terms, excluding ones last: PCRE gives up sooner. Raises HTTPError if there are none."""
+    terms = []
+    for mark, *quoted, word in TERM.findall(query):
+        phrase = "".join(quoted)
+        terms.append(parse_term(bool(mark), phrase, word))
+
+    if not terms:
+        raise HTTPError(400, "the query is empty")
+    return sorted(terms, key=lambda term: term.exclude)
+
+
+def parse_term(exclude: bool, phrase: str, word: str) -> Term:
+    if tokens := expression_tokens(word):
+        if any(len(token) > 1 or token in "|.^$)*+?" for token in tokens):
+            return Term(exclude, None, expression_pattern(tokens))
+        word = "".join(tokens)
+
+    text = phrase or word
+    return Term(exclude, text, text_pattern(text))
+
+
+def expression_tokens(word: str) -> list[str]:
+    """Return the tokens between the slashes; none if the word is text."""
+    if len(word) < 3 or word[0] != "/" or word[-1] != "/":
+        return []
+    inner = word[1:-1]
+    tokens: list[str] = SYNTAX.findall(inner)
+    return tokens if "".join(tokens) == inner and is_well_formed(tokens) else []
+
+
+def is_well_formed(tokens: list[str]) -> bool:
+    """Return True if groups close, repetitions follow something, and counts and ranges rise."""
+    groups: list[str] = []
+    repeatable = False
+    for token in tokens:
+        if token == ")" and not groups:
+            return False
+        if token[0] in "*+?{" and not (repeatable and counts_rise(token)):
+            return False
+        if token[0] == "[" and not ranges_rise(token):
+            return False
+
+        repeatable = token[0] not in "*+?{(^$|" and token not in (r"\b", r"\B")
+        if token[0] == "(":
+            groups.append(token)
+        if token == ")":
+            repeatable = groups.pop() not in LOOKAHEADS
+        if len(groups) > MAX_NESTING:
+            return False
+    return not groups
+
+
+def counts_rise(repetition: str) -> bool:
+    low, _, high = repetition.strip("{}?").partition(",")
+    return not high or int(low) <= int(high)
+
+
+def ranges_rise(bracketed: str) -> bool:
+    """Return True if each range of a class goes from a character to one that is not before it."""
+    members = CLASS_MEMBER.findall(bracketed.removeprefix("[").removeprefix("^")[:-1])
+    at = 0
+    while at < len(members):
+        is_range = members[at + 1 : at + 2] == ["-"] and at + 2 < len(members)
+        if is_range and not is_range_of(members[at], members[at + 2]):
+            return False
+        at += 3 if is_range else 1
+    return True
+
+
+def is_range_of(low: str, high: str) -> bool:
+    if any(re.fullmatch(r"\\[dws]", end) for end in (low, high)):
+        return False
+    first, last = ("\t" if end == r"\t" else end[-1] for end in (low, high))
+    return first <= last
+
+
+def text_pattern(text: str) -> str:
+    """Return a pattern that matches the text as it stands."""
+    hexed = re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
+    behind = NOT_BEHIND_RETURN if text.endswith("\r") else ""
+    return hexed.replace(r"\x{fffd}", f"[{STAND_INS}]") + behind
+
+
+def expression_pattern(tokens: list[str]) -> str:
+    """Return the pattern that matches in PCRE what the expression matches in JavaScript."""
+    spelled, groups = [], []
+    for token in tokens:
+        if token[0] == "(":
+            groups.append(token)
+        closes_lookahead = token == ")" and groups.pop() in LOOKAHEADS
+
+        if closes_lookahead:
+            spelled.append(f"){NOT_BEHIND_RETURN})")
+        elif token[0] == "[":
+            spelled.append(class_pattern(token))
+        else:
+            spelled.append(PCRE.get(token, token))
+    return f"(?:{''.join(spelled)}){NOT_BEHIND_RETURN}"
+
+
+def class_pattern(bracketed: str) -> str:
+    def spelled(member: re.Match[str]) -> str:
+        return CLASSES.get(member[0][1:], member[0])
+
+    body = CLASS_MEMBER.sub(spelled, bracketed[:-1])
+    stand_ins = STAND_INS if "\ufffd" in body else ""
+    return body.replace("\0", r"\x00") + stand_ins + "]"
+
+
+# Times. A log states them in one format: a kind of stamp, and where in the line that stands.
+DAY_S = 86400
+YEAR_S = 365.2425 * DAY_S
+STAMP_BYTES = 100  # a stamp begins within so many bytes of its line
+HEAD_BYTES = 1024  # what is read of a line for it, colours and all
+LOG_END = 1 << 62  # the offset of a line that is somewhere at the end
+SAMPLE_PLACES, SAMPLE_BYTES, SAMPLE_LINES = 64, 8192, 320
+EPOCH_S = range(1_000_000_000, 4_102_444_800)  # 2001 to 2099: other numbers are no times
+DISORDER_S = 1  # between the lines of several writers
+COLOUR = re.compile(rb"\x1b\[[0-9;:]*[mK]")
+MONTHS = b"Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+# Stamps with these have no time: nobody knows which CST, IST or BST it is.
+ZONE_NAMES = (
+    rb"ACDT|ACST|ADT|AEDT|AEST|AKDT|AKST|AST|AWST|BRT|BST|CAT|CDT|CEST|CET|CST|EAT|EDT|EEST|EET|EST"
+    rb"|HKT|HST|IDT|IST|JST|KST|MDT|MESZ|MEZ|MSD|MSK|MST|NDT|NST|NZDT|NZST|PDT|PHT|PKT|PST|SAST|SGT"
+    rb"|SST|WAT|WEST|WET|WIB|YEKT"
+    rb"|(?:Africa|America|Antarctica|Asia|Atlantic|Australia|Europe|Indian|Pacific|US)/\w+"
+)
+OFFSET = rb" ?[+-]\d\d(?::?\d\d)?"
+UTC_NAME = rb" ?(?:UTC|GMT)(?:[+-]\d\d?(?::?\d\d)?)?|[Zz]"
+ZONE = rb"(?P<zone>" + OFFSET + rb"|" + UTC_NAME + rb"| ?\[?(?:" + ZONE_NAMES + rb"))"
+FRACTION = rb"(?:[.,](?P<fraction>\d{1,9}))?(?!\d)"
+HALF_AND_ZONE = rb"(?: ?(?P<half>[AaPp])[Mm](?!\w))?(?:" + ZONE + rb"(?!\w))?"
+SECOND = rb"(?P<second>\d\d)" + FRACTION
+CLOCK = rb"(?P<hour>\d\d?):(?P<minute>\d\d)(?::" + SECOND + rb")?(?!\d)" + HALF_AND_ZONE
+BASIC_CLOCK = rb"(?P<hour>\d\d)(?P<minute>\d\d)" + SECOND + HALF_AND_ZONE
+MONTH_NAME = rb"(?P<name>" + b"|".join(MONTHS) + rb")"
+YEAR_BEFORE = rb"(?:(?P<year>[12]\d{3}),? )?"
+YEAR_BEHIND = rb"(?: (?P<last>[12]\d{3})(?![\w.:-]))?"
+STAMPS = {
+    "ISO 8601": rb"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)[Tt _]" + CLOCK,
+    "ISO 8601 basic": rb"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)T" + BASIC_CLOCK,
+    "YYYY/MM/DD": rb"(?P<year>\d{4})/(?P<month>\d\d)/(?P<day>\d\d) " + CLOCK,
+    "Common Log Format": rb"(?P<day>\d\d)[/ -]" + MONTH_NAME + rb"[/ -](?P<year>\d{4})[: ]" + CLOCK,
+    "RFC 3164": MONTH_NAME + rb" [ 0]?(?P<day>\d\d?),? " + YEAR_BEFORE + CLOCK + YEAR_BEHIND,
+    "auditd": rb"audit\((?P<epoch>\d{10}(?:\.\d{1,9})?):\d+\)",
+    "klog": rb"[IWEF](?P<year>\d{4})?(?P<month>\d\d)(?P<day>\d\d) " + CLOCK,
+    "epoch milliseconds": rb"(?P<epoch>\d{10}(?P<thousandths>\d{3}))(?![\w.])",
+    "epoch seconds": rb"(?P<epoch>\d{10}(?:\.\d{1,9})?)(?!\w|\.\d)",
+}
+IS_STAMP = {name: re.compile(rb"(?<![0-9A-Za-z_])" + stamp) for name, stamp in STAMPS.items()}
+# Before a stamp: the key whose value it is, in JSON or logfmt; or words, and the beginning of one.
+KEY = re.compile(rb"""(?<![\w.@-])(?:"([\w.@-]{1,40})"[ \t]?:[ \t]?|([\w.@-]{1,40})=)"?\Z""")
+TIME_KEY = re.compile(rb"time|stamp|date|epoch|(?:^|[^a-z])(?:ts?|at)$", re.IGNORECASE)
+WORDS = rb"(?:[^ \t\n]{0,99}[ \t]{1,99}(?![ \t])){0,%d}?"
+WORD_BEGINNING = rb"(?:[^ \t\n]{0,99}?[^\w \t\n])??"
+LINE_BEGINNING = re.compile(rb"\W{0,4}\Z")
+
+
+Timed = tuple[int, float]  # an offset, and a time in seconds since 1970
+Parts = dict[str, bytes]  # of a stamp, by the names in its pattern; b"" for what it leaves out
+Minute = tuple[int, int, int, int]  # month, day, hour, minute
+
+
+class Hit(NamedTuple):
+    """A stamp in a sample."""
+
+    column: int
+    words: int  # before it
+
+
+class Place(NamedTuple):
+    """Where in a line its stamp stands."""
+
+    stamp: str
+    key: bytes  # whose value it is; b"" for none
+    words: int = 0  # without a key: at most so many stand before it
+
+    def is_at_start(self) -> bool:
+        return self.stamp.startswith("epoch") and not self.key
+
+    def may_follow(self, before: bytes) -> bool:
+        """Return False if what is before it rules it out: in JSON a stamp is the value of a key."""
+        if len(before) >= STAMP_BYTES:
+            return False
+        if self.is_at_start():
+            return bool(LINE_BEGINNING.match(before))
+        return bool(self.key) or not before.startswith(b"{")
+
+    def pattern(self) -> re.Pattern[bytes]:
+        stamp = rb"(?P<stamp>" + STAMPS[self.stamp] + rb")"
+        if self.key:
+            key = re.escape(self.key)
+            key_and_sign = rb'"' + key + rb'"[ \t]?:[ \t]?|' + key + rb"="
+            before = rb"[^\n]{0,99}?(?<![\w.@-])(?:" + key_and_sign + rb')"?'
+        elif self.is_at_start():
+            before = rb"[^\w\n]{0,4}"
+        else:
+            before = rb"(?!\{)" + WORDS % self.words + WORD_BEGINNING
+        return re.compile(b"\n" + before + stamp)
+
+
+class TimeFormat:
+    """How the lines of one log state their time."""
+
+    def __init__(self, place: Place, zone: datetime.tzinfo, modified_s: float) -> None:
+        self.name = place.stamp.removesuffix(" basic")
+        self.zone = zone
+        # Before each of these offsets, a stamp without a year is not after the time beside it.
+        self.latest = [(math.inf, modified_s)]
+        self.pattern = place.pattern()
+
+    def time_of(self, line: bytes, at: int = LOG_END) -> float | None:
+        """Return the time of a line whose offset in the log is `at`, in seconds since 1970."""
+        head = line[:HEAD_BYTES].partition(b"\n")[0]
+        return next((seconds for _, seconds in self.times_in(head, at)), None)
+
+    def times_in(self, data: bytes, at: int = LOG_END) -> Iterator[Timed]:
+        """Yield offset in the data and time of its lines. `at` is where in the log it begins."""
+        if b"\x1b" in data:
+            yield from self.coloured_times_in(data, at)
+            return
+
+        for found in self.pattern.finditer(b"\n" + data):
+            start = found.start()
+            if found.start("stamp") - start > STAMP_BYTES:
+                continue
+            seconds = stamp_seconds(found.groupdict(b""), self.zone, self.latest_s(at + start))
+            if seconds is not None:
+                yield start, seconds
+
+    def coloured_times_in(self, data: bytes, at: int) -> Iterator[Timed]:
+        start = 0
+        for line in data.split(b"\n"):
+            head = COLOUR.sub(b"", line[:HEAD_BYTES]).replace(b"\x1b", b"?")
+            for _, seconds in self.times_in(head, at + start):
+                yield start, seconds
+            start += len(line) + 1
+
+    def latest_s(self, at: int) -> float:
+        return self.latest[bisect.bisect_right(self.latest, (at, math.inf))][1]
+
+    def date_years(self, samples: list[tuple[int, bytes]]) -> None:
+        """Learn from lines spread over the log where each year begins, counted from its end."""
+        known = list[Timed]()
+        for at, line in samples:
+            if (seconds := self.time_of(line)) is not None:
+                known.append((at, seconds))
+
+        later = [*known[2:], self.latest[-1]]
+        in_order = known[:1]
+        for before, one, after in zip(known, known[1:], later, strict=False):
+            if is_in_season(before[1], one[1], after[1]):
+                in_order.append(one)
+
+        for at, seconds in reversed(in_order):
+            next_s = self.latest[0][1]
+            self.latest.insert(0, (at, years_back(seconds, next_s)))
+
+
+def detect_time_format(file: LogFile, zone: datetime.tzinfo) -> TimeFormat | None:
+    """Return the format of samples of the file, None if they have no times. Raises OSError."""
+    samples = list(sample_lines(file))
+    place = stamp_place([line for _, line in samples], zone, file.modified_s())
+    if not place:
+        return None
+
+    time_format = TimeFormat(place, zone, file.modified_s())
+    if place.stamp in ("RFC 3164", "klog"):
+        time_format.date_years(samples)
+    return time_format
+
+
+def sample_lines(file: LogFile) -> Iterator[tuple[int, bytes]]:
+    """Yield offsets and beginnings of lines spread evenly over the file. Raises OSError."""
+    size = file.size
+    samples = range(0, size, max(SAMPLE_BYTES, size // SAMPLE_PLACES))
+    for sample in samples:
+        data = file.read_bytes(sample, min(size, sample + SAMPLE_BYTES))
+        start = data.find(b"\n") + 1 if sample else 0
+        lines = data[start:].split(b"\n") if start or not sample else []
+        if lines and len(lines[-1]) < HEAD_BYTES and sample + len(data) < size:
+            lines.pop()  # it may be cut in its stamp
+
+        for line in lines[: SAMPLE_LINES // len(samples)]:
+            if line.strip(b"\0\r"):
+                yield sample + start, line[:HEAD_BYTES]
+            start += len(line) + 1
+
+
+def stamp_place(lines: list[bytes], zone: datetime.tzinfo, latest_s: float) -> Place | None:
+    """Return where most of these lines have a stamp, and have it first; None if none has."""
+    hits: dict[Place, list[Hit]] = {}
+    for line in lines:
+        for place, hit in stamps_of_line(line, zone, latest_s).items():
+            hits.setdefault(place, []).append(hit)
+
+    columns: dict[Place, list[int]] = {}
+    for place, found in hits.items():
+        words = usual_words(found)
+        usual = sorted(hit.column for hit in found if hit.words <= words)
+        if 10 * len(usual) >= len(lines) or not place.key and words == 0:
+            columns[place._replace(words=words)] = usual
+
+    most = max(map(len, columns.values()), default=0)
+    often = [place for place, usual in columns.items() if 2 * len(usual) >= most]
+
+    def rank(place: Place) -> tuple[bool, int]:
+        is_odd_key = bool(place.key) and not TIME_KEY.search(place.key)
+        return is_odd_key, columns[place][len(columns[place]) // 2]
+
+    return min(often, key=rank, default=None)
+
+
+def usual_words(hits: list[Hit]) -> int:
+    """Return behind how many words the stamps stand that are no dates in messages."""
+    numbers = collections.Counter(hit.words for hit in hits)
+    usual = {words for words, times in numbers.items() if 10 * times >= len(hits)}
+    words = min(usual or numbers)
+    while words and words + 1 in usual:  # "[worker] ERROR 2025-…", "[worker 2] ERROR 2025-…"
+        words += 1
+    return words
+
+
+def stamps_of_line(line: bytes, zone: datetime.tzinfo, latest_s: float) -> dict[Place, Hit]:
+    """Return the first stamp of each kind and key, if it is a time."""
+    head = COLOUR.sub(b"", line)
+    stamps: dict[Place, Hit | None] = {}
+    for name, kind in IS_STAMP.items():
+        for found in kind.finditer(head, 0, 2 * STAMP_BYTES):
+            before = head[: found.start()]
+            place = Place(name, key_before(before))
+            if place in stamps or not place.may_follow(before):
+                continue
+            is_time = stamp_seconds(found.groupdict(b""), zone, latest_s) is not None
+            words = len(re.findall(rb"[ \t]+", before))
+            stamps[place] = Hit(len(before), words) if is_time else None
+    return {place: hit for place, hit in stamps.items() if hit}
+
+
+def key_before(before: bytes) -> bytes:
+    found = KEY.search(before[-50:])
+    return found[1] or found[2] if found else b""
+
+
+def stamp_seconds(part: Parts, zone: datetime.tzinfo, latest_s: float) -> float | None:
+    """Return the time that a stamp states, None if there is none or its zone is not known."""
+    if "epoch" in part:
+        seconds = float(part["epoch"]) / (1000 if "thousandths" in part else 1)
+        return seconds if int(seconds) in EPOCH_S else None
+
+    own_zone = stated_zone(part["zone"], zone)
+    minute = stated_minute(part)
+    if own_zone is None or minute is None:
+        return None
+
+    year = part["year"] or part.get("last")
+    if year:
+        start = minute_start(int(year), minute, own_zone)
+    else:
+        start = latest_start(minute, own_zone, latest_s)
+    second = float(b"%b.%b" % (part["second"] or b"0", part["fraction"] or b"0"))
+    return None if start is None or second >= 61 else start + second
+
+
+def stated_minute(part: Parts) -> Minute | None:
+    hour, half = int(part["hour"]), part["half"]
+    if half and not 1 <= hour <= 12:
+        return None
+    if half:
+        hour = hour % 12 + (12 if half in b"Pp" else 0)
+
+    month = MONTHS.index(part["name"]) + 1 if "name" in part else int(part["month"])
+    return month, int(part["day"]), hour, int(part["minute"])
+
+
+def latest_start(minute: Minute, zone: datetime.tzinfo, latest_s: float) -> float | None:
+    """Return the last time that a stamp without a year can mean, not much after `latest_s`."""
+    end_s = latest_s + 2 * DAY_S
+    last_year = time.gmtime(end_s).tm_year
+    for year in range(last_year, last_year - 9, -1):  # February 29th may be 8 years ago
+        start = minute_start(year, minute, zone)
+        if start is not None and start <= end_s:
+            return start
+    return None
+
+
+@functools.lru_cache(4096)
+def minute_start(year: int, minute: Minute, zone: datetime.tzinfo) -> float | None:
+    try:
+        return datetime.datetime(year, *minute, tzinfo=zone).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+@functools.lru_cache(256)
+def stated_zone(stated: bytes, zone: datetime.tzinfo) -> datetime.tzinfo | None:
+    """Return the zone of a stamp, None if it is not known."""
+    name = stated.strip().upper()
+    if not name:
+        return zone
+    found = re.fullmatch(rb"(?:Z|UTC|GMT)?(?:([+-])(\d\d?):?(\d\d)?)?", name)
+    if not found:
+        return None
+    minutes = 60 * int(found[2] or 0) + int(found[3] or 0)
+    if minutes >= 24 * 60:
+        return None
+    return datetime.timezone(datetime.timedelta(minutes=-minutes if found[1] == b"-" else minutes))
+
+
+def is_in_season(before_s: float, one_s: float, after_s: float) -> bool:
+    """Return False if the middle one, but for its year, is not between its neighbours."""
+    return (one_s - before_s) % YEAR_S + (after_s - one_s) % YEAR_S < YEAR_S
+
+
+def years_back(seconds: float, latest_s: float) -> float:
+    while seconds > latest_s + 2 * DAY_S:
+        seconds -= YEAR_S
+    return seconds
+
+
+def plausible_times(times: list[Timed], now_s: float) -> list[Timed]:
+    """Return the times without those a day ahead of now, and without single leaps."""
+    past = [one for one in times if one[1] <= now_s + DAY_S]
+    return without_leaps(without_leaps(past, 1), -1)
+
+
+def without_leaps(times: list[Timed], sign: int) -> list[Timed]:
+    """Return the times without those that rise (sign 1) or fall (-1) and are back at once."""
+    later = zip(times[1:], times[2:], strict=False)
+    kept = times[:1]
+    for before, (one, after) in zip(times, later, strict=False):
+        leap_s = sign * (one[1] - before[1])
+        way_back_s = sign * (one[1] - after[1])
+        is_back = after[1] >= before[1] - DISORDER_S
+        if min(leap_s, way_back_s) <= DISORDER_S or not is_back:
+            kept.append(one)
+    return kept + times[1:][-1:]
+
+
+def parse_zone(name: str) -> datetime.tzinfo:
+    """Return the zone of that name, or with that offset as in +01:00. Raises ValueError."""
+    try:
+        offset = stated_zone(name.encode(), datetime.UTC) if name.strip() else None
+        return offset or zoneinfo.ZoneInfo(name)
+    except (LookupError, ValueError, OSError):
+        raise ValueError(f"{name} is not a time zone as in +01:00 or Europe/Berlin") from None
+
+
+def parse_moment(text: str, zone: datetime.tzinfo) -> float | None:
+    """Return the time of a stamp, or a date's midnight, in seconds since 1970; None for nonsense."""
+    # A plus sign in an address is a space.
+    text = re.sub(r"(\d:\d\d\S*) (\d\d(?::?\d\d)?)\Z", r"\1+\2", text.strip())
+    if re.fullmatch(r"\d{4}[-/]\d\d[-/]\d\d", text):
+        text += " 00:00"
+    for stamp in STAMPS.values():
+        if found := re.fullmatch(rb"\[?" + stamp + rb"\]?", text.encode(errors="replace")):
+            return stamp_seconds(found.groupdict(b""), zone, time.time())
+    return None
+
+
+# ---- 9 Proof -------------------------------------------------------------------------------------
+# Says how many bytes a file held and their SHA-256 (a receipt), and notices bytes that change later.
+# Proof owns a Checker for each file in use; one thread works at a time, for one of them. Nothing is
+# stored: what has to outlive the process is a line on standard output.
+
+PIECE_BYTES = 256 * KIB  # read and hashed at once: other threads run meanwhile (hashlib, GIL)
+BLOCK_BYTES = MIB  # a change is located as exactly as this
+PASS_S = 3600.0  # the idle reader goes over the log in this time, or faster: a block a second
+MOST_BLOCKS_PER_S = 80  # while nobody waits: about 5 % of a core
+HURRY_BLOCKS = 64  # in one go, after a change without growth
+CONFIRM_S = 1.5  # from a suspicion to the second read: a rotation takes less
+RECEIPT_S = 5.0  # a receipt that takes longer is collected by a later request
+TICKET_S = 120.0  # and is kept so long for it
+MAX_TICKETS = 2000
+LATE_LINES_S = 40.0  # a rotated file that grows later is sealed again
+LAST_ANCHOR_S = 0.5  # of the stop
+ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
+CLOCK_S = 60.0  # entries may be so much older than the receipt that was taken before them
+MAX_SHOWN = 100  # failed receipts that --verify names
+
+
+class Receipt(NamedTuple):
+    """The statement that a file began with so many bytes of that digest."""
+
+    log: str
+    generation: str
+    head: str  # SHA-256 of the first 4 KiB, or of all bytes if there are fewer; "" if unknown
+    end: int
+    sha256: str
+    time: str  # ISO 8601 in UTC, whole seconds
+    note: str = ""  # " reviewed_by=…" or " sealed_before=…"
+
+    @property
+    def line(self) -> str:
+        return (
+            f"audit-stream: receipt log={quoted(self.log)} generation={self.generation}"
+            f" head={self.head} bytes={self.end} sha256={self.sha256} time={self.time}{self.note}"
+        )
+
+    def json(self) -> bytes:
+        fields: dict[str, Any] = {"log": self.log, "generation": self.generation}
+        fields |= {"head": self.head, "bytes": self.end, "sha256": self.sha256}
+        fields |= {"time": self.time, "line": self.line}
+        return json.dumps(fields).encode()
+
+
+class Digest(NamedTuple):
+    """What a pass found out about a number of bytes."""
+
+    head: str
+    sha256: str
+    time_s: float
+
+
+Ticket = asyncio.Future[Digest | None]  # None: so many bytes are not there
+
+
+class Wanted(NamedTuple):
+    """Somebody who waits for the digest of so many bytes."""
+
+    end: int
+    future: Ticket
+
+    def settle(self, digest: Digest | None) -> None:
+        if not self.future.done():
+            self.future.set_result(digest)
+
+
 class Proof:
-    def __init__(self, follower: LogFollower) -> None:
-        self.follower = follower
+    """The receipts of a log, and the watch over what was published of it."""
 
-    async def respond(self, context: RequestContext) -> Response:
-        if context.path == "/api/record":
-            return make_response(204, b"", TEXT)
-        raise HTTPError(404, "not found")
+    def __init__(
+        self,
+        follower: LogFollower,
+        broadcaster: Broadcaster,
+        anchor_s: float = 3600.0,  # 0: never
+        expect_every_s: float = 0.0,  # 0: the log may be silent
+    ) -> None:
+        self.follower, self.broadcaster = follower, broadcaster
+        follower.on_generation = self.on_generation
+        self.anchor_s, self.expect_every_s = anchor_s, expect_every_s
+        self.current = Checker(follower.current)
+        self.checkers = {self.current.file: self.current}
+        self.retired: asyncio.Queue[tuple[Checker, str]] = asyncio.Queue()
+        self.unfinished: set[Checker] = set()  # of rotated files that are not sealed yet
+        self.tickets: dict[tuple[object, ...], Ticket] = {}
+        self.somebody_waits = asyncio.Event()
+        self.alarm = ""  # what changed; until somebody accepts it
+        self.unreadable = ""
+        self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
+        self.announced: tuple[str, str, float] = "", "", 0.0  # state, alarm, and when (monotonic)
+        self.grown: tuple[str, int, float] = "", 0, time.time()  # generation, bytes, and when
+        self.history = HistoryRecord()
+
+    async def respond(self, file: LogFile, context: RequestContext) -> Response:
+        """Answer /api/receipt, /api/review and /api/record."""
+        etag = f'"{file.name}"'
+        accepted = context.request.headers.get("If-Match", "*").split(",")
+
+        try:
+            if not {"*", etag} & {tag.strip() for tag in accepted}:
+                raise HTTPError(412, "the log has been replaced since (If-Match)")
+            if context.path == "/api/record":
+                response = self.record(context)
+            else:
+                response = await self.respond_with_receipt(file, context)
+        except HTTPError as error:
+            response = error_response(context.path, error)
+
+        response.headers["ETag"] = etag
+        return response
+
+    async def respond_with_receipt(self, file: LogFile, context: RequestContext) -> Response:
+        """Wait a few seconds for the pass; if it takes longer, the next request collects it."""
+        end = int_parameter(context.query, "bytes", file.end, 0, 10**18)
+        if end > file.size:
+            raise HTTPError(416, "the log has fewer bytes than that")
+
+        asker = context.client, context.user, context.path
+        key = (*asker, context.query.get("bytes"), file)
+        ticket = self.tickets.get(key) or self.add_ticket(key, file, end)
+        await asyncio.wait([ticket], timeout=RECEIPT_S)
+        if not ticket.done():
+            progress = {"read": self.checkers[file].progress(ticket), "bytes": end}
+            body = json.dumps(progress).encode()
+            return make_response(202, body, JSON, Retry_After="2")
+
+        self.tickets.pop(key, None)
+        digest = ticket.result()
+        if digest is None:
+            raise HTTPError(416, "the log has fewer bytes than that, or cannot be read")
+        receipt = self.receipt(file, end, digest)
+        if context.path == "/api/review":
+            who = quoted(context.user or context.client)
+            receipt = receipt._replace(note=f" reviewed_by={who}")
+            write_line(receipt.line)
+            record_access("review", client=context.client, name=context.user, bytes=end)
+        return make_response(200, receipt.json(), JSON)
+
+    def record(self, context: RequestContext) -> Response:
+        """Write down what a person did on the page; to accept a change ends the alarm."""
+        event, detail = context.query.get("event", ""), context.query.get("detail", "")
+        if event not in ("accepted", "exported"):
+            raise HTTPError(400, "event must be accepted or exported")
+        if len(detail) > 500:
+            raise HTTPError(400, "detail must have at most 500 characters")
+
+        record_access(event, client=context.client, name=context.user, detail=detail)
+        if event == "accepted":
+            self.alarm = ""
+            self.announce()
+        response = make_response(204, b"", TEXT)
+        for header in ("Content-Type", "Content-Length"):  # RFC 9110, section 8.6
+            del response.headers[header]
+        return response
+
+    def add_ticket(self, key: tuple[object, ...], file: LogFile, end: int) -> Ticket:
+        """Ask for a digest that a later request of the same client may collect."""
+        if len(self.tickets) >= MAX_TICKETS:
+            raise HTTPError(503, "too many receipts are asked for", Retry_After="5")
+        ticket = self.tickets[key] = self.ask(file, end)
+        loop = asyncio.get_running_loop()
+
+        def drop() -> None:
+            if self.tickets.get(key) is ticket:
+                del self.tickets[key]
+
+        ticket.add_done_callback(lambda _: loop.call_later(TICKET_S, drop))
+        return ticket
+
+    def ask(self, file: LogFile, end: int) -> Ticket:
+        """Join the next pass over a file: what is read from now on."""
+        checker = self.checkers.setdefault(file, Checker(file))
+        wanted = Wanted(end, asyncio.get_running_loop().create_future())
+        checker.wanted.append(wanted)
+        self.somebody_waits.set()
+        return wanted.future
+
+    def receipt(self, file: LogFile, end: int, digest: Digest) -> Receipt:
+        log, at = self.follower.name, utc(digest.time_s)
+        return Receipt(log, file.name, digest.head, end, digest.sha256, at)
+
+    # -- what goes on all the time --
+
+    async def run(self) -> None:
+        """Read, anchor and seal until cancelled; then write a last anchor."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for work in (self.read_forever, self.anchor_forever, self.watch_silence):
+                    tasks.create_task(work())
+                tasks.create_task(self.history.flush_forever())
+                while True:
+                    checker, successor = await self.retired.get()
+                    tasks.create_task(self.finish_generation(checker, successor))
+        finally:
+            self.history.flush()
+            await self.write_last_anchor()
+
+    async def read_forever(self) -> None:
+        while True:
+            self.somebody_waits.clear()
+            self.on_generation()
+            self.drop_idle_checkers()
+            try:
+                pause_s = await self.read_some()
+                self.unreadable = ""
+            except OSError as error:
+                self.unreadable = error.strerror or "cannot be read"
+                pause_s = 1.0
+
+            self.announce()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self.somebody_waits.wait()
+
+    async def read_some(self) -> float:
+        """Serve who waits, or read on at leisure; return the seconds until the next piece."""
+        waiting = [checker for checker in self.checkers.values() if checker.wanted]
+        if waiting:
+            await self.serve(waiting[0])
+            return 0.0
+
+        checker = self.current
+        hurry = checker.was_touched()
+        await run_in_thread(checker.read_on, HURRY_BLOCKS if hurry else 1)
+        if checker.suspect is not None:
+            await self.confirm(checker)
+        return 0.0 if hurry else checker.pause_s()
+
+    async def serve(self, checker: Checker) -> None:
+        """Go over a file once for all who wait now."""
+        taken, checker.wanted = checker.wanted, []
+        counters["proof_passes_total"] += 1
+        try:
+            await run_in_thread(checker.read_from_start, taken, asyncio.get_running_loop())
+        except OSError:
+            checker.suspect = None
+        left = [wanted for wanted in taken if not wanted.future.done()]
+
+        if checker.suspect is not None:
+            checker.wanted = left + checker.wanted
+            await self.confirm(checker)
+            return
+        for wanted in left:
+            wanted.settle(None)
+
+    async def confirm(self, checker: Checker) -> None:
+        """Read suspect bytes again, after a rotation had time to settle; alarm if they changed."""
+        await self.follow()
+        await asyncio.sleep(CONFIRM_S)
+        await self.follow()
+        changes = await run_in_thread(checker.find_changes)
+        self.on_generation()
+
+        if not changes:
+            counters["proof_false_suspicions_total"] += 1
+            logger.warning("bytes that seemed to have changed are what they were, read again")
+        elif checker is self.current:
+            self.raise_alarm(checker, describe(changes))
+        checker.accept_changes(changes)
+
+    def drop_idle_checkers(self) -> None:
+        """Let go of files that nobody asks about any more."""
+        for file, checker in list(self.checkers.items()):
+            needed = checker is self.current or checker in self.unfinished or checker.wanted
+            if not needed:
+                del self.checkers[file]
+
+    async def follow(self) -> None:
+        while await self.follower.check():
+            await asyncio.sleep(0)
+
+    def raise_alarm(self, checker: Checker, sentence: str) -> None:
+        """Tell the operator and all viewers; the alarm stays until somebody accepts it."""
+        digest = checker.remembered or checker.known()
+        before = self.receipt(checker.file, checker.remembered_end or checker.end, digest)
+        self.alarm = self.alarm or sentence
+        counters["proof_alarms_total"] += 1
+        write_alarm(f"altered: {sentence}; it was: {before.line}")
+        self.announce()
+
+    # -- rotations --
+
+    def on_generation(self) -> None:
+        """Notice that the follower went on in another file; call it at each generation."""
+        file = self.follower.current
+        if file is not self.current.file:
+            self.unfinished.add(self.current)
+            self.retired.put_nowait((self.current, file.name))
+            self.current = self.checkers.setdefault(file, Checker(file))
+
+    async def finish_generation(self, checker: Checker, successor: str) -> None:
+        """Seal a file that is no longer the log, and see whether it is still what it was."""
+        sealed = await self.seal(checker, successor)
+        await asyncio.sleep(CONFIRM_S)
+        try:
+            await self.judge_retired(checker)
+        except OSError as error:
+            logger.warning("the rotated file cannot be checked: %s", error.strerror)
+
+        while True:
+            await asyncio.sleep(LATE_LINES_S)
+            if checker.file.end <= sealed:
+                break
+            sealed = await self.seal(checker, successor)
+        self.unfinished.discard(checker)
+
+    async def seal(self, checker: Checker, successor: str) -> int:
+        """Write the last anchor of a generation; return how many bytes it covers."""
+        file, end = checker.file, checker.file.end
+        if not end or not self.anchor_s or not file.is_unchanged():
+            return end
+        digest = await self.ask(file, end)
+        if digest and not checker.changes:
+            receipt = self.receipt(file, end, digest)
+            write_line(receipt._replace(note=f" sealed_before={successor}").line)
+        return end
+
+    async def judge_retired(self, checker: Checker) -> None:
+        """Alarm unless all that was known of a former log is still there, here or in a copy."""
+        file = checker.file
+        if file.end < checker.end:  # it was cut, and something else may fill its place
+            checker.accept_changes(await run_in_thread(checker.find_changes))
+        changes, tail_changed = checker.changes, not file.is_unchanged()
+        if not changes and not tail_changed and (not checker.end or file.status().st_nlink):
+            return
+
+        digest = checker.remembered or checker.known()
+        receipt = self.receipt(file, checker.remembered_end or checker.end, digest)
+        path = self.follower.path
+        check = await run_in_thread(check_receipts, path, [receipt], datetime.UTC)
+        verdict = check.verdicts[0]
+        if verdict.state == "holds" and (not tail_changed or checker.end >= file.end):
+            return
+        if changes:
+            self.raise_alarm(checker, describe(changes))
+        elif tail_changed:
+            self.raise_alarm(checker, "the last bytes that were published changed, or are gone")
+        elif verdict.state == "fails":
+            self.raise_alarm(checker, verdict.detail)
+        else:
+            logger.warning("the former log was removed (%d bytes): %s", receipt.end, verdict.detail)
+
+    # -- anchors, silence, news --
+
+    async def anchor_forever(self) -> None:
+        while self.anchor_s:
+            await asyncio.sleep(self.anchor_s)
+            file, end = self.follower.current, self.follower.current.end
+            if end and (file.name, end) != self.anchored:
+                self.write_anchor(file, end, await self.ask(file, end))
+
+    def write_anchor(self, file: LogFile, end: int, digest: Digest | None) -> None:
+        if digest:
+            self.anchored = file.name, end
+            write_line(self.receipt(file, end, digest).line)
+
+    async def write_last_anchor(self) -> None:
+        """Anchor what is new since the last time, if it can be read within half a second."""
+        file, end = self.follower.current, self.follower.current.end
+        if not self.anchor_s or not end or (file.name, end) == self.anchored:
+            return
+        self.on_generation()
+        future = self.ask(file, end)
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(LAST_ANCHOR_S):
+                await self.serve(self.current)
+        if future.done():
+            self.write_anchor(file, end, future.result())
+
+    async def watch_silence(self) -> None:
+        """Say that the log has been silent for longer than it should."""
+        with contextlib.suppress(OSError):
+            file = self.follower.current
+            self.grown = file.name, file.end, file.modified_s()
+
+        silent = False
+        while self.expect_every_s:
+            await asyncio.sleep(min(1.0, self.expect_every_s / 4))
+            overdue = self.silent_s() > self.expect_every_s
+            if overdue and not silent:
+                counters["silences_total"] += 1
+                write_alarm(f"the log has been silent for over {self.expect_every_s:g} seconds")
+            elif silent and not overdue:
+                logger.info("the log is no longer silent")
+            silent = overdue
+
+    def silent_s(self) -> float:
+        """Return the seconds since the log last grew."""
+        file = self.follower.current
+        if (file.name, file.end) != self.grown[:2]:
+            self.grown = file.name, file.end, time.time()
+        return max(0.0, time.time() - self.grown[2])
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "proof_altered": 1 if self.alarm else 0,
+            "proof_known_bytes": self.current.end,
+            "proof_verified_time_seconds": self.current.verified_s,
+            "silent_seconds": self.silent_s(),
+        }
+
+    def announce(self) -> None:
+        """Tell all viewers: at once if the state is another one, else now and then."""
+        message = self.message()
+        news, now = (message["state"], self.alarm), time.monotonic()
+        pause_s = 10.0 if message["state"] == "unknown" else ANNOUNCE_S
+        if news == self.announced[:2] and now - self.announced[2] < pause_s:
+            return
+        self.announced = *news, now
+        self.broadcaster.broadcast_json(message)
+
+    def message(self) -> dict[str, Any]:
+        """Return what viewers are told: the state of the proof, and what was read for it."""
+        checker = self.current
+        bytes_known, now = checker.end, utc(time.time())
+        state, detail = "ok", f"unchanged since it was first read, {utc(checker.started_s)}"
+        if self.alarm:
+            state, detail = "altered", self.alarm
+        elif self.unreadable:
+            state, detail = "unknown", self.unreadable
+        elif not bytes_known:
+            state, detail = "unknown", "nothing has been read yet"
+        elif not checker.caught_up:
+            percent = 100 * bytes_known // max(1, checker.file.end)
+            state, detail = "unknown", f"reading the log: {percent} %"
+
+        message: dict[str, Any] = {"type": "proof", "state": state, "bytes": bytes_known}
+        sha256 = checker.known().sha256 if bytes_known else None
+        return message | {"sha256": sha256, "time": now, "detail": detail}
+
+
+class Checkpoint(NamedTuple):
+    """The hash state of all bytes before an offset, and when they were last read."""
+
+    offset: int
+    state: hashlib._Hash
+    time_s: float
+
+
+class Change(NamedTuple):
+    """Bytes that are no longer what they were, since a time between two."""
+
+    start: int
+    end: int
+    good_s: float
+    found_s: float
+
+
+BY_OFFSET = operator.itemgetter(0)
+
+
+class Checker:
+    """What is known of the bytes of one file, and who waits for a digest of them.
+
+    The event loop owns `wanted`; everything else changes in the one thread that works for it.
+    """
+
+    def __init__(self, file: LogFile) -> None:
+        self.file = file
+        self.wanted: list[Wanted] = []
+        self.started_s = time.time()
+        self.verified_s = 0.0  # when the last pass over all of it ended
+        self.checkpoints = [Checkpoint(0, hashlib.sha256(), self.started_s)]
+        self.next_block = 0  # the index of the checkpoint where the idle reader goes on
+        self.suspect: int | None = None  # after this checkpoint other bytes were read than before
+        self.caught_up = False  # all that was published has been read once
+        self.changes: list[Change] = []
+        self.remembered: Digest | None = None  # of remembered_end bytes, before the first change
+        self.remembered_end = 0
+        self.touched = 0, 0  # time of change and size at the last look
+        self.hurry_blocks = 0  # still to be read at full speed
+        self.read_so_far = 0  # of the running pass
+        self.lock = threading.Lock()  # a cancelled thread may still be at its last piece
+
+    @property
+    def end(self) -> int:
+        return self.checkpoints[-1].offset
+
+    def known(self) -> Digest:
+        """Return the digest of all that is known."""
+        head = self.checkpoints[min(1, len(self.checkpoints) - 1)]
+        last = self.checkpoints[-1]
+        return Digest(head.state.hexdigest(), last.state.hexdigest(), last.time_s)
+
+    def progress(self, ticket: Ticket) -> int:
+        """Return how many bytes were read for somebody who waits."""
+        queued = any(wanted.future is ticket for wanted in self.wanted)
+        return 0 if queued else self.read_so_far
+
+    def pause_s(self) -> float:
+        """Return the time between two blocks of the idle reader."""
+        if not self.caught_up:
+            return 1 / MOST_BLOCKS_PER_S
+        return min(1.0, max(1 / MOST_BLOCKS_PER_S, PASS_S / len(self.checkpoints)))
+
+    def was_touched(self) -> bool:
+        """Return True while the file is to be read at full speed: it changed but did not grow."""
+        status = self.file.status()
+        before, self.touched = self.touched, (status.st_ctime_ns, status.st_size)
+        if before[0] and before[0] != status.st_ctime_ns and before[1] == status.st_size:
+            self.hurry_blocks = len(self.checkpoints)
+            self.next_block = 0
+        return self.hurry_blocks > 0
+
+    def read_on(self, blocks: int, cancelled: threading.Event) -> None:
+        """Read what is new, then some blocks again."""
+        with self.lock:
+            self.read_new_block(cancelled)
+            for _ in range(blocks if self.caught_up else 0):
+                if self.suspect is None and not cancelled.is_set():
+                    self.read_known_block(cancelled)
+
+    def read_new_block(self, cancelled: threading.Event) -> None:
+        """Read up to a block of what was published since."""
+        last, published = self.checkpoints[-1], self.file.end
+        if last.offset < published:
+            index = len(self.checkpoints) - 1
+            self.read_block(index, min(published, next_edge(last.offset)), cancelled)
+        self.caught_up = self.caught_up or self.end == published
+
+    def read_known_block(self, cancelled: threading.Event) -> None:
+        """Read the next block again; after the last one begin with the first."""
+        self.hurry_blocks = max(0, self.hurry_blocks - 1)
+        index = self.next_block
+        if index + 1 < len(self.checkpoints):
+            self.read_block(index, self.checkpoints[index + 1].offset, cancelled)
+            self.next_block += 1
+        if self.next_block + 1 >= len(self.checkpoints):
+            self.next_block = 0
+            self.verified_s = time.time()
+
+    def read_block(self, index: int, end: int, cancelled: threading.Event) -> None:
+        """Read from a checkpoint to an offset, and compare the state there."""
+        start, state, _ = self.checkpoints[index]
+        reached, state = self.read_from(start, state, end, cancelled)
+        if cancelled.is_set():
+            return
+        if reached < end:
+            self.suspect = index
+        else:
+            self.compare(end, state)
+
+    def read_from(
+        self, start: int, state: hashlib._Hash, end: int, cancelled: threading.Event
+    ) -> tuple[int, hashlib._Hash]:
+        """Return how far there are bytes, and the state there."""
+        state = state.copy()
+        for piece in read_pieces(self.file, start, end, cancelled):
+            state.update(piece)
+            start += len(piece)
+            counters["proof_read_bytes_total"] += len(piece)
+        return start, state
+
+    def compare(self, offset: int, state: hashlib._Hash) -> None:
+        """Compare a state with the known one, or keep it if it is of new bytes."""
+        index = bisect.bisect_left(self.checkpoints, offset, key=BY_OFFSET)
+        checkpoint = Checkpoint(offset, state.copy(), time.time())
+        if index == len(self.checkpoints):
+            if offset > self.file.end:
+                return  # not published: room that a writer reserved may still change
+            if not is_edge(self.end):  # in the middle of a block, no longer needed
+                self.checkpoints.pop()
+            self.checkpoints.append(checkpoint)
+            return
+
+        known = self.checkpoints[index]
+        if known.offset == offset and known.state.digest() == state.digest():
+            self.checkpoints[index] = checkpoint
+        elif known.offset == offset:
+            self.suspect = index - 1
+
+    def read_from_start(
+        self, wanted: list[Wanted], loop: asyncio.AbstractEventLoop, cancelled: threading.Event
+    ) -> None:
+        """Go over the file from 0, and give those who wait their digests on the way.
+
+        Stops at the first block that is not what it was; a digest is given only once the
+        block that it ends in was compared.
+        """
+        stops = {stop for one in wanted for stop in (one.end, head_end(one.end))}
+        waiting = sorted(wanted, key=BY_OFFSET, reverse=True)
+        digests: dict[int, str] = {}
+        with self.lock:
+            edges = self.edges_for(stops)
+            last = edges[-1]
+            for offset, state in states_at(read_pieces(self.file, 0, last, cancelled), edges):
+                counters["proof_read_bytes_total"] += offset - self.read_so_far
+                self.read_so_far = offset
+                if offset in stops:
+                    digests[offset] = state.hexdigest()
+                self.compare(offset, state)
+                if self.suspect is not None or cancelled.is_set():
+                    break
+                while waiting and waiting[-1].end <= offset and (is_edge(offset) or offset == last):
+                    self.answer(waiting.pop(), digests, loop)
+
+            if self.read_so_far < min(self.end, last) and not cancelled.is_set():
+                self.suspect = self.suspect or 0
+            self.read_so_far = 0
+
+    def answer(
+        self, one: Wanted, digests: dict[int, str], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        digest = Digest(digests[head_end(one.end)], digests[one.end], time.time())
+        loop.call_soon_threadsafe(one.settle, digest)
+
+    def edges_for(self, stops: set[int]) -> list[int]:
+        """Return where a pass stops: for those who wait, and to compare each block."""
+        last = max(stops)
+        index = bisect.bisect_left(self.checkpoints, last, key=BY_OFFSET)
+        if index < len(self.checkpoints):
+            last = self.checkpoints[index].offset
+        blocks = range(BLOCK_BYTES, last, BLOCK_BYTES)
+        known = {head_end(last), min(self.end, last), last}
+        return sorted(known.union(stops, blocks))
+
+    def find_changes(self, cancelled: threading.Event) -> list[Change]:
+        """Read everything from the suspect checkpoint on again; return what is not as it was."""
+        changes: list[Change] = []
+        with self.lock:
+            known = self.checkpoints[self.suspect or 0 :]
+
+            for before, after in itertools.pairwise(known):
+                _, state = self.read_from(before.offset, before.state, after.offset, cancelled)
+                if cancelled.is_set() or state.digest() == after.state.digest():
+                    continue
+                change = Change(before.offset, after.offset, after.time_s, time.time())
+                if changes and changes[-1].end == change.start:
+                    change = changes.pop()._replace(end=change.end, found_s=change.found_s)
+                changes.append(change)
+        return changes
+
+    def accept_changes(self, changes: list[Change]) -> None:
+        """Go on from the bytes as they are now; what was known before is remembered."""
+        self.suspect = None
+        if not changes:
+            return
+        if not self.remembered:
+            self.remembered, self.remembered_end = self.known(), self.end
+        self.changes += changes
+        self.started_s = time.time()
+        first = bisect.bisect_right(self.checkpoints, changes[0].start, key=BY_OFFSET)
+        del self.checkpoints[first:]
+        self.next_block = self.hurry_blocks = 0
+
+
+def read_pieces(
+    file: LogFile, start: int, end: int, cancelled: threading.Event
+) -> Iterator[bytes]:
+    """Read a file in pieces that end at multiples of their size."""
+    while start < end and not cancelled.is_set():
+        stop = min(end, start - start % PIECE_BYTES + PIECE_BYTES)
+        piece = file.read_bytes(start, stop)
+        if not piece:
+            return
+        yield piece
+        start += len(piece)
+
+
+def states_at(
+    pieces: Iterable[bytes], edges: Iterable[int]
+) -> Iterator[tuple[int, hashlib._Hash]]:
+    """Hash pieces; yield the state at each edge (sorted offsets) that is reached, and at the end.
+
+    The state goes on being updated: keep a copy.
+    """
+    state, offset = hashlib.sha256(), 0
+    coming = iter(edges)
+    edge = next(coming, None)
+    for piece in itertools.chain([b""], pieces):
+        view = memoryview(piece)
+        while edge is not None and offset + len(view) >= edge:
+            state.update(view[: edge - offset])
+            view = view[edge - offset :]
+            offset = edge
+            yield offset, state
+            edge = next(coming, None)
+        state.update(view)
+        offset += len(view)
+    yield offset, state
+
+
+def head_end(end: int) -> int:
+    return min(FINGERPRINT_BYTES, end)
+
+
+def is_edge(offset: int) -> bool:
+    """Return True at the ends of blocks; the first 4 KiB are one, for the head."""
+    return offset == FINGERPRINT_BYTES or offset % BLOCK_BYTES == 0
+
+
+def next_edge(offset: int) -> int:
+    if offset < FINGERPRINT_BYTES:
+        return FINGERPRINT_BYTES
+    return offset - offset % BLOCK_BYTES + BLOCK_BYTES
+
+
+def describe(changes: list[Change]) -> str:
+    """Return where bytes changed, and between which times."""
+    first = changes[0]
+    place = f"between byte {first.start:,} and {first.end:,}"
+    more = f" (and in {len(changes) - 1} more places)" if len(changes) > 1 else ""
+    times = f"between {utc(first.good_s)} and {utc(first.found_s)}"
+    return f"the log was changed {place}{more}, {times}"
+
+
+def utc(seconds_since_1970: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds_since_1970, datetime.UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def quoted(text: str) -> str:
+    """Return a value of a key=value line: as JSON text if it has white space or quotes in it."""
+    plain = text and text.isprintable() and not set(' "') & set(text)
+    return text if plain else json.dumps(text)
+
+
+def write_line(line: str) -> None:
+    """Write to standard output, wherever that leads; a full pipe or disk loses the line."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [1], [], 0)[1]:  # a pipe takes lines of up to 4 KiB whole
+            os.write(1, f"{line}\n".encode())
+
+
+def write_alarm(sentence: str) -> None:
+    """Write to standard error at error priority (sd-daemon(3))."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"<3>audit_stream: {sentence}\n".encode())
+
+
+# -- who read the log --
+
+
+
+class HistoryRecord:
+    """What clients read of the past: one line a minute for each."""
+
+    def __init__(self) -> None:
+        self.ranges: dict[tuple[str, str], list[ByteRange]] = {}
+        self.queries: set[tuple[str, ...]] = set()
+
+    def note(self, context: RequestContext, response: Response) -> None:
+        """Note an answer of /api/audit, /api/search or /api/counts."""
+        event = context.path.rpartition("/")[2]
+        if response.status_code == 206:
+            self.note_range(context, response.headers["Content-Range"])
+        elif response.status_code == 200 and event in ("search", "counts"):
+            self.note_query(event, context)
+
+    def note_query(self, event: str, context: RequestContext) -> None:
+        """Record a query once a minute: a page asks for a search piece by piece."""
+        client, name = context.client, context.user
+        query = context.query.get("q", "")[:500]
+        key = event, client, name, query
+        if key not in self.queries and len(self.queries) < 10_000:
+            self.queries.add(key)
+            record_access(event, client=client, name=name, query=query)
+
+    def note_range(self, context: RequestContext, content_range: str) -> None:
+        start, last = map(int, re.findall(r"\d+", content_range)[:2])
+        who = context.client, context.user
+        ranges = self.ranges.setdefault(who, [])
+        ranges.append((start, last + 1))
+        if len(ranges) > 256:
+            self.ranges[who] = merged(ranges)[:255]
+        if len(self.ranges) > 1000:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was read in this minute."""
+        everything, self.ranges = self.ranges, {}
+        self.queries.clear()
+        for (client, name), ranges in everything.items():
+            parts = merged(ranges)
+            offsets = ",".join(f"{start}-{end}" for start, end in parts[:16])
+            size = sum(end - start for start, end in parts)
+            record_access("read", client=client, name=name, bytes=size, offsets=offsets)
+
+    async def flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(60)
+            self.flush()
+
+
+def merged(ranges: list[ByteRange]) -> list[ByteRange]:
+    """Return ranges in order, those that touch as one."""
+    result: list[ByteRange] = []
+    for start, end in sorted(ranges):
+        if result and start <= result[-1][1]:
+            start, last = result.pop()
+            end = max(end, last)
+        result.append((start, end))
+    return result
+
+
+# -- do receipts still hold? --
+
+RECEIPT = re.compile(
+    r"""audit-stream:\ receipt
+    \ log=(?P<log>"(?:[^"\\]|\\.)*"|[^\s"]+)
+    \ generation=(?P<generation>\S+)
+    \ head=(?P<head>[0-9a-f]{64})
+    \ bytes=(?P<end>\d{1,18})
+    \ sha256=(?P<sha256>[0-9a-f]{64})
+    \ time=(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)""",
+    re.VERBOSE | re.ASCII,
+)
+DIGEST_ONLY = re.compile(rb"(\d{1,18}):([0-9a-f]{64})", re.IGNORECASE)
+
+
+class Verdict(NamedTuple):
+    """What became of a receipt."""
+
+    receipt: Receipt
+    state: str  # "holds", "fails", "gone" (with all that is older), "unknown"
+    detail: str
+    place: int = -1  # the index of the file that it holds in
+
+
+class Candidate(NamedTuple):
+    """A file that receipts may be about: the log or a rotated one."""
+
+    label: str  # its name without the folder
+    file: LogFile
+    compressed: str
+    begin: bytes  # the first 4 KiB of log in it
+
+    def pieces(self, cancelled: threading.Event) -> Iterator[bytes]:
+        """Read what was there at the beginning; raises OSError if it is damaged."""
+        if self.compressed:
+            return decompressed_pieces(self.file, self.compressed, cancelled)
+        return read_pieces(self.file, 0, self.file.size, cancelled)
+
+    def may_hold(self, receipt: Receipt) -> bool:
+        """Return True if the file begins like that of the receipt."""
+        begin = self.begin[: head_end(receipt.end)]
+        return receipt.head in ("", hashlib.sha256(begin).hexdigest())
+
+    def is_older_than(self, moment_s: float, times: TimeFormat | None) -> bool:
+        """Return True if the file was finished, or has entries from, before a moment."""
+        if self.file.modified_s() < moment_s:
+            return True
+        if times is None:
+            return False
+        stamps = map(times.time_of, self.begin.split(b"\n"))
+        oldest = min((stamp for stamp in stamps if stamp is not None), default=moment_s)
+        return oldest < moment_s - CLOCK_S
+
+
+def decompressed_pieces(
+    file: LogFile, compressed: str, cancelled: threading.Event, size: int = PIECE_BYTES
+) -> Iterator[bytes]:
+    """Decompress on the way, without a copy; raises OSError if the file is damaged."""
+    try:
+        with file.open() as source, COMPRESSED[compressed](source) as stream:
+            while not cancelled.is_set() and (piece := stream.read(size)):
+                yield piece
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise OSError(errno.EINVAL, f"is damaged, or not a .{compressed} file") from error
 
 
 def verify_receipts(options: Options) -> int:
-    raise OSError(errno.ENOSYS, "not there yet", options.log)
+    """Check receipts against the log and its rotated files.
+
+    Returns 0 if all hold, 1 if one does not, 2 for nonsense, 3 if none could be checked.
+    """
+    lines: Iterable[bytes] = sys.stdin.buffer
+    if options.verify != "-":
+        lines = os.fsencode(options.verify or "").splitlines()
+    receipts = [receipt for line in lines for receipt in receipts_in(line)]
+    if options.verify != "-" and not receipts:
+        print("audit_stream.py: --verify takes BYTES:SHA256, a receipt or -", file=sys.stderr)
+        return 2
+
+    check = check_receipts(options.log, receipts, options.zone, threading.Event())
+    failed = [verdict for verdict in check.verdicts if verdict.state == "fails"]
+    for receipt, _, detail, _ in failed[:MAX_SHOWN]:
+        print(f"does not hold: {detail}: {receipt.line if receipt.head else receipt.end}")
+    if len(failed) > MAX_SHOWN:
+        print(f"and {len(failed) - MAX_SHOWN:,} more do not hold")
+    print(check.summary())
+
+    if failed:
+        return 1
+    return 0 if any(verdict.state == "holds" for verdict in check.verdicts) else 3
 
 
-async def write_anchors(proof: Proof, anchor_s: float) -> None:
-    await asyncio.Event().wait()
+def receipts_in(line: bytes) -> list[Receipt]:
+    """Find the receipts in a line of anything: text, a journal entry, JSON."""
+    if bare := DIGEST_ONLY.fullmatch(line.strip()):
+        end, sha256 = int(bare[1]), bare[2].decode().lower()
+        return [Receipt("", "", "", end, sha256, "")]
+    if b"audit-stream: receipt" not in line:
+        return []
+    text = line.decode(errors="replace")
+    found = list(RECEIPT.finditer(text))
+    if not found and "\\" in text:  # inside of a JSON text
+        found = list(RECEIPT.finditer(re.sub(r"\\(.)", r"\1", text)))
+    return [receipt_of(match.groupdict()) for match in found]
 
 
-# ---- 10 Service ---------------------------------------------------------------------------------
-#
+def receipt_of(fields: dict[str, str]) -> Receipt:
+    name = fields["log"]
+    with contextlib.suppress(ValueError):
+        name = json.loads(name) if name.startswith('"') else name
+    end, sha256 = int(fields["end"]), fields["sha256"]
+    return Receipt(name, fields["generation"], fields["head"], end, sha256, fields["time"])
+
+
+def check_receipts(
+    path: str, receipts: list[Receipt], zone: datetime.tzinfo, cancelled: threading.Event
+) -> ReceiptCheck:
+    """Check receipts in one pass over the log and its rotated files.
+
+    What does not hold is read again before it is said: files may be rotated meanwhile.
+    """
+    check = ReceiptCheck(path, receipts, zone, cancelled)
+    for _ in range(2):
+        if not any(verdict.state == "fails" for verdict in check.verdicts):
+            break
+        before = check.verdicts
+        check = ReceiptCheck(path, receipts, zone, cancelled)
+        for index, verdict in enumerate(before):
+            if verdict.state == "holds":
+                check.verdicts[index] = verdict
+    return check
+
+
+class ReceiptCheck:
+    """The verdicts about receipts, from one pass over the log and its rotated files."""
+
+    def __init__(
+        self,
+        path: str,
+        receipts: list[Receipt],
+        zone: datetime.tzinfo,
+        cancelled: threading.Event,
+    ) -> None:
+        self.name = os.fsencode(os.path.basename(path)).decode(errors="replace")
+        self.receipts, self.zone, self.cancelled = receipts, zone, cancelled
+        self.candidates: list[Candidate] = []  # newest first
+        self.unreadable = ""  # a file that cannot be read, and why
+        self.sizes: dict[int, int] = {}  # of candidates, in bytes of log
+        self.found: dict[int, Verdict] = {}
+
+        self.open(path, "")
+        for name in rotated_files(path):
+            self.open(name.path, name.compressed)
+        for place in range(len(self.candidates)):
+            self.compare(place)
+        self.verdicts = [
+            self.found.get(index) or self.judge_missing(receipt)
+            for index, receipt in enumerate(receipts)
+        ]
+
+    def open(self, path: str, compressed: str) -> None:
+        label = os.path.basename(path)
+        try:
+            file = open_log_file(path)
+            begin = file.read_bytes(0, FINGERPRINT_BYTES)
+            if compressed:
+                pieces = decompressed_pieces(file, compressed, self.cancelled, FINGERPRINT_BYTES)
+                begin = next(pieces, b"")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.unreadable = f"{label}: {error.strerror}"
+            return
+        self.candidates.append(Candidate(label, file, compressed, begin))
+
+    def compare(self, place: int) -> None:
+        """Compare the digests of one file with what is said of it."""
+        candidate = self.candidates[place]
+        mine = {
+            index: receipt
+            for index, receipt in enumerate(self.receipts)
+            if receipt.end and candidate.may_hold(receipt) and not self.holds(index)
+        }
+        if not mine:
+            return
+
+        digests: dict[int, str] = {}
+        size, damage = 0, ""
+        try:
+            stops = sorted({receipt.end for receipt in mine.values()})
+            for size, state in states_at(candidate.pieces(self.cancelled), stops):
+                digests[size] = state.hexdigest()
+        except OSError as error:
+            damage = f"{candidate.label} {error.strerror}"
+            digests.clear()
+
+        self.sizes[place] = size
+
+        self.judge(place, mine, digests, size, damage)
+
+    def judge(
+        self,
+        place: int,
+        receipts: dict[int, Receipt],
+        digests: dict[int, str],
+        size: int,
+        damage: str,
+    ) -> None:
+        """Say which receipts hold in a file, and between which of them it changed."""
+        label, held = self.candidates[place].label, 0
+        for index in sorted(receipts, key=lambda index: receipts[index].end):
+            receipt = receipts[index]
+            end = receipt.end
+            if digests.get(end) == receipt.sha256:
+                held = end
+                self.found[index] = Verdict(receipt, "holds", label, place)
+                continue
+
+            detail = f"{label} was changed between byte {held:,} and {end:,}"
+            if end > size:
+                detail = f"{label} has only {size:,} of {end:,} bytes"
+            self.found[index] = Verdict(receipt, "fails", damage or detail)
+
+    def holds(self, index: int) -> bool:
+        return index in self.found and self.found[index].state == "holds"
+
+    def judge_missing(self, receipt: Receipt) -> Verdict:
+        """Judge a receipt whose file is gone: together with all that is older, or on its own."""
+        if self.unreadable or not self.candidates or not receipt.end:
+            return Verdict(receipt, "unknown", self.unreadable or "there is nothing to check")
+        if not receipt.head:
+            return Verdict(receipt, "fails", "no file has these bytes")
+        if receipt.log != self.name:
+            return Verdict(receipt, "unknown", f"it is of another log: {receipt.log}")
+
+        first = self.first_times[receipt.head]
+        moment_s = datetime.datetime.fromisoformat(first).timestamp()
+        for candidate in reversed(self.candidates):
+            if candidate.is_older_than(moment_s, self.times):
+                detail = f"its file is gone, although {candidate.label} has what is older"
+                return Verdict(receipt, "fails", detail)
+        return Verdict(receipt, "gone", "its file is gone, together with all that is older")
+
+    @functools.cached_property
+    def first_times(self) -> dict[str, str]:
+        """Return when each file, by its head, had its first receipt."""
+        latest_first = sorted(self.receipts, key=lambda receipt: receipt.time, reverse=True)
+        return {receipt.head: receipt.time for receipt in latest_first}
+
+    @functools.cached_property
+    def times(self) -> TimeFormat | None:
+        files = [candidate.file for candidate in self.candidates if not candidate.compressed]
+        return detect_time_format(files[0], self.zone) if files else None
+
+    def newer_bytes(self) -> int:
+        """Return how many bytes came after the last receipt that holds."""
+        newer = 0
+        for place, candidate in enumerate(self.candidates):
+            if place not in self.sizes:
+                with contextlib.suppress(OSError):
+                    self.sizes[place] = sum(map(len, candidate.pieces(self.cancelled)))
+            held = [verdict.receipt.end for verdict in self.verdicts if verdict.place == place]
+            newer += self.sizes.get(place, 0) - max(held, default=0)
+            if held:
+                break
+        return newer
+
+    def summary(self) -> str:
+        """Return the one line that says it all."""
+        states = collections.Counter(verdict.state for verdict in self.verdicts)
+        holds, fails, newer = states["holds"], states["fails"], self.newer_bytes()
+        parts = [f"{holds:,} {'holds' if holds == 1 else 'hold'}"]
+        if fails:
+            parts.append(f"{fails:,} {'does' if fails == 1 else 'do'} not hold")
+        if states["unknown"]:
+            parts.append(f"{states['unknown']:,} could not be checked")
+        parts.append(f"{states['gone']:,} of a file that is gone")
+        parts.append(f"{newer:,} {'byte is' if newer == 1 else 'bytes are'} newer than the last")
+
+        count, plural = len(self.receipts), "s" if len(self.receipts) != 1 else ""
+        return f"{count:,} receipt{plural}{receipt_span(self.receipts)}: {'; '.join(parts)}"
+
+
+def receipt_span(receipts: list[Receipt]) -> str:
+    """Return from when to when receipts are, as in ", 2026-01-02 to today"."""
+    today = utc(time.time())[:10]
+    days = sorted(receipt.time[:10] for receipt in receipts if receipt.time)
+    if not days:
+        return ""
+    first, last = days[0], days[-1].replace(today, "today")
+    return f", {last}" if days[0] == days[-1] else f", {first} to {last}"
+
+
+# ---- 10 Service ----------------------------------------------------------------------------------
 # One process from its start to its stop, and the limits of the machine that it lives in.
 
 START_TIME_S = time.time()
@@ -3679,7 +5722,9 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
     await follower.check()
     connections = Connections(limits.viewers, limits.others, access.tls)
     broadcaster = Broadcaster(follower, connections)
-    site = Site(access, broadcaster, History(options.zone), Proof(follower), page)
+    proof = Proof(follower, broadcaster, options.anchor, options.expect_every or 0.0)
+    files = FileSet(follower, options.zone)
+    site = Site(access, broadcaster, History(options.zone), files, proof, page)
 
     # Signals.
     stop, reload = asyncio.Event(), asyncio.Event()
@@ -3710,10 +5755,8 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
         follow(follower, broadcaster),
         connections.abort_stalled(),
         reload_credentials(access, connections, reload),
-        write_anchors(site.proof, options.anchor),
+        proof.run(),
     ]
-    if options.expect_every:
-        works.append(watch_for_silence(options.expect_every))
     if options.demo:
         works.append(write_demo_entries(options.log))
     try:
@@ -3752,29 +5795,6 @@ async def reload_credentials(
     while await wanted.wait():
         wanted.clear()
         await access.reload(connections.viewers)
-
-
-async def watch_for_silence(expect_s: float) -> None:
-    """Say so if the log has been silent for longer than it should, and when that ends."""
-    seen, since, silent = 0, time.monotonic(), False
-    while True:
-        silence_s = time.monotonic() - since
-        if counters["read_bytes_total"] != seen:
-            if silent:
-                logger.info("the log goes on after %.0f s of silence", silence_s)
-            seen, since, silent = counters["read_bytes_total"], time.monotonic(), False
-        elif silence_s > expect_s and not silent:
-            silent = True
-            counters["silences_total"] += 1
-            raise_alarm(f"the log has been silent for longer than {expect_s:g} s")
-        counters["silent_seconds"] = int(time.monotonic() - since)
-        await asyncio.sleep(min(1.0, expect_s / 4))
-
-
-def raise_alarm(sentence: str) -> None:
-    """Write a line that the journal takes for an error (sd-daemon(3))."""
-    with contextlib.suppress(OSError):
-        print(f"<3>audit_stream: {sentence}", file=sys.stderr, flush=True)
 
 
 def open_listener(options: Options) -> socket.socket:
@@ -3871,8 +5891,9 @@ METRICS = {
 }
 
 
-def metrics(broadcaster: Broadcaster) -> str:
+def metrics(site: Site) -> str:
     """Return the text format of Prometheus."""
+    broadcaster = site.broadcaster
     connections, current = broadcaster.connections, broadcaster.follower.current
     live = len(broadcaster.live)
     versions = f'version="{VERSION}",websockets="{websockets.version.version}"'
@@ -3883,6 +5904,7 @@ def metrics(broadcaster: Broadcaster) -> str:
         "behind_bytes": max(0, current.size - current.end),
         "start_time_seconds": START_TIME_S,
         f"build_info{{{versions}}}": 1,
+        **site.proof.metrics(),
     }
 
     lines: list[str] = []
@@ -3958,8 +5980,7 @@ async def write_demo_entries(path: str) -> None:
         await asyncio.sleep(1)
 
 
-# ---- 11 Command line ----------------------------------------------------------------------------
-#
+# ---- 11 Command line -----------------------------------------------------------------------------
 # Options, checked, and what is done with them. A failure is one line on standard error.
 
 
@@ -4092,7 +6113,7 @@ def argument_parser() -> ArgumentParser:
     option("--port", metavar="N", type=integer(0, 65535), default=8080, help="0: any (8080)")
     option("--interval", metavar="SECONDS", type=seconds, default=3.0, help="of size checks (3)")
     option("--initial", metavar="BYTES", type=integer(0, MAX_MESSAGE), default=1000, help=INITIAL)
-    option("--zone", metavar="ZONE", type=time_zone, default=datetime.UTC, help=ZONE)
+    option("--zone", metavar="ZONE", type=time_zone, default=datetime.UTC, help=ZONE_HELP)
     option("--token-file", metavar="PATH", help="tokens, each TOKEN or NAME TOKEN on its line")
     option("--no-auth", action="store_true", help="open to everyone who can reach the port")
     option("--tls-cert", metavar="PATH", help="serve HTTPS and WSS; read again on SIGHUP")
@@ -4113,7 +6134,7 @@ def argument_parser() -> ArgumentParser:
 
 
 INITIAL = "how much of the end of the log a new viewer gets (1000)"
-ZONE = "of time stamps that name none: +01:00 or Europe/Berlin (UTC)"
+ZONE_HELP = "of time stamps that name none: +01:00 or Europe/Berlin (UTC)"
 HOSTS = "a further name of an open server"
 PAGES = "a further page origin that may open the WebSocket"
 PROXY = "take its X-Forwarded-For, X-Forwarded-Proto and X-Forwarded-User"
