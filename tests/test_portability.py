@@ -1,5 +1,6 @@
 """Systems that lack what Linux has: macOS does everything without it, Windows is told at once."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def lacking(tmp_path: Path) -> Callable[[str], dict[str, str]]:
         folder = tmp_path / "python"
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(code)
-        return {"PYTHONPATH": str(folder)}
+        others = os.environ.get("PYTHONPATH", "")
+        return {"PYTHONPATH": f"{folder}{os.pathsep}{others}".rstrip(os.pathsep)}
 
     return variables
 
