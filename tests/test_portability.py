@@ -17,7 +17,7 @@ import ctypes, fcntl, os, resource, select, socket
 LACKING = {
     fcntl: "F_SETPIPE_SZ F_GETPIPE_SZ F_OFD_SETLK F_ADD_SEALS",
     os: "O_TMPFILE O_PATH copy_file_range eventfd fdatasync memfd_create pidfd_open pipe2"
-        " posix_fadvise posix_fallocate sched_getaffinity sched_setaffinity splice",
+        " posix_fadvise posix_fallocate splice",
     resource: "prlimit RLIMIT_OFILE RLIMIT_RTPRIO",
     select: "epoll",
     socket: "TCP_INFO TCP_CORK TCP_QUICKACK TCP_USER_TIMEOUT SOCK_CLOEXEC SOCK_NONBLOCK"
