@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import audit_stream
-from audit_stream import KIB, MAX_MESSAGE, LogFile, open_log_file
+from audit_stream import KIB, MAX_MESSAGE, GenerationNames, LogFile, open_log_file
 
 HOLE = 64 * KIB  # bytes of a hole, where a number stands among the pieces of a file
 AFTER = HOLE + 64 * KIB  # where the log goes on behind one block and a hole
@@ -60,25 +60,40 @@ ANSWERS: dict[str, tuple[tuple[bytes | int, ...], Callable[[LogFile], Any], Any]
     "data in a hole": ((BLOCK, HOLE, TWO), lambda log: log.read_data(64 * KIB, AFTER), b""),
     "data behind a hole": ((BLOCK, HOLE, TWO), lambda log: log.read_data(AFTER, AFTER + 8), TWO),
     "data with a NUL in a line": ((b"a\0b\n",), lambda log: log.read_data(0, 4), b"a\0b\n"),
+    "data up to zero bytes that were written": (
+        (TWO, bytes(2000), TWO),
+        lambda log: log.read_data(0, 9999),
+        TWO,
+    ),
+    "data with a few NULs": (
+        (TWO, bytes(99), TWO),
+        lambda log: log.read_data(0, 9999),
+        TWO + bytes(99) + TWO,
+    ),
     # where it goes on
     "behind a hole": ((BLOCK, HOLE, TWO), lambda log: log.next_data(64 * KIB), AFTER),
-    "behind the next hole": ((BLOCK, HOLE, TWO), lambda log: log.next_data(0), AFTER),
+    "at once where there is data": ((BLOCK, HOLE, TWO), lambda log: log.next_data(9), 9),
     "in the middle of a hole": ((BLOCK, HOLE, TWO), lambda log: log.next_data(99 * KIB), AFTER),
     "behind a hole that ends in a block": (
         (BLOCK, HOLE + 7, TWO),
-        lambda log: log.next_data(0),
+        lambda log: log.next_data(64 * KIB),
         AFTER + 7,
     ),
     "behind the second hole": (
         (BLOCK, HOLE, BLOCK, HOLE, TWO),
-        lambda log: log.next_data(AFTER),
+        lambda log: log.next_data(AFTER + 64 * KIB),
         2 * AFTER,
     ),
-    "nothing behind the last line": ((TWO,), lambda log: log.next_data(0), None),
-    "nothing behind a hole at the end": ((BLOCK, HOLE), lambda log: log.next_data(0), None),
+    "behind zero bytes that were written": (
+        (TWO, bytes(2000), TWO),
+        lambda log: log.next_data(8),
+        2008,
+    ),
+    "nothing behind the last line": ((TWO,), lambda log: log.next_data(8), None),
+    "nothing behind a hole at the end": ((BLOCK, HOLE), lambda log: log.next_data(64 * KIB), None),
     "nothing but room behind a hole": (
         (BLOCK, HOLE, bytes(HOLE)),
-        lambda log: log.next_data(0),
+        lambda log: log.next_data(64 * KIB),
         None,
     ),
     # where the complete lines end
@@ -128,52 +143,70 @@ def put(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-# what happens to three blocks after two were published -> are they as they were, and how far
-CHANGES: dict[str, tuple[Callable[[Path], object], bool, int]] = {
-    "nothing": (lambda path: None, True, 2 * len(BLOCK)),
-    "growth": (lambda path: put(path, 3 * len(BLOCK), TWO), True, 2 * len(BLOCK)),
-    "what was not published": (lambda path: put(path, 2 * len(BLOCK), b"X"), True, 2 * len(BLOCK)),
-    "the first byte": (lambda path: put(path, 0, b"X"), False, 2 * len(BLOCK)),
-    "the last byte": (lambda path: put(path, 2 * len(BLOCK) - 1, b"X"), False, 2 * len(BLOCK) - 1),
-    "4 KiB before the end": (
-        lambda path: put(path, 2 * len(BLOCK) - 4 * KIB, b"X"),
-        False,
-        2 * len(BLOCK),
+NUMBERS = b"".join(b"%07d\n" % number for number in range(3 * 8192))
+END = 2 * 64 * KIB  # how far NUMBERS was published
+LAST = END - 8  # where the last published line begins
+
+# what happens to a log of which two thirds were published -> what that is, and where it goes on
+CHANGES: dict[str, tuple[Callable[[Path], object], tuple[str, int] | None]] = {
+    "nothing": (lambda path: None, None),
+    "growth": (lambda path: put(path, len(NUMBERS), TWO), None),
+    "what was not published": (lambda path: put(path, END, b"X"), None),
+    "what nobody compares": (lambda path: put(path, END // 2, b"X"), None),
+    "the first byte": (lambda path: put(path, 0, b"X"), ("replaced", 0)),
+    "the last byte": (lambda path: put(path, END - 1, b"X"), ("edited", LAST)),
+    "the last 4 KiB": (lambda path: put(path, END - 4 * KIB, b"X"), ("edited", END - 4 * KIB)),
+    "a cut in the last 4 KiB": (lambda path: os.truncate(path, END - 9), ("cut", END - 9)),
+    "a cut far before": (lambda path: os.truncate(path, 9 * KIB), ("cut", 9 * KIB)),
+    "a cut to nothing": (lambda path: os.truncate(path, 0), ("cut", 0)),
+    "a cut, and other lines": (
+        lambda path: path.write_bytes(NUMBERS[: LAST - 1] + b"other\n"),
+        ("edited", LAST - 8),
     ),
-    "what nobody compares": (lambda path: put(path, len(BLOCK), b"X"), True, 2 * len(BLOCK)),
-    "a cut in the last 4 KiB": (
-        lambda path: os.truncate(path, 2 * len(BLOCK) - 9),
-        False,
-        2 * len(BLOCK) - 9,
+    "all but the last lines": (
+        lambda path: path.write_bytes(NUMBERS[END - 8000 : END] + TWO),
+        ("trimmed", 8000),
     ),
-    "a cut before them": (lambda path: os.truncate(path, 9 * KIB), False, 9 * KIB),
-    "a cut to nothing": (lambda path: os.truncate(path, 0), False, 0),
-    "another log": (lambda path: path.write_bytes(b"B" * 999), False, 0),
+    "another log": (lambda path: path.write_bytes(b"B" * 999), ("replaced", 0)),
 }
 
 
-@pytest.mark.parametrize(("happens", "same", "kept"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("happens", "change"), CHANGES.values(), ids=CHANGES)
 def test_what_was_published_is_compared(
-    happens: Callable[[Path], object], same: bool, kept: int, tmp_path: Path
+    happens: Callable[[Path], object], change: tuple[str, int] | None, tmp_path: Path
 ) -> None:
-    log = fill(tmp_path / "log", (BLOCK, BLOCK, BLOCK))
-    log.record_published(2 * len(BLOCK))
+    log = fill(tmp_path / "log", (NUMBERS,))
+    log.record_published(END)
 
     happens(tmp_path / "log")
 
-    assert log.is_unchanged() == same
-    if not same:
-        assert log.unchanged_prefix_end() == kept
+    assert log.is_unchanged() == (change is None)
+    assert change is None or log.change() == change
+
+
+def test_what_is_new_is_read_behind_what_was_published(tmp_path: Path) -> None:
+    log = fill(tmp_path / "log", (TWO,))
+
+    log.record_published(4)
+    first = log.read_new()
+    log.record_appended(b"two\n")
+    put(tmp_path / "log", 8, b"three\n" + bytes(2000) + b"four\n")
+    second = log.read_new()
+    put(tmp_path / "log", 7, b"!")
+
+    assert (first, second, log.read_new()) == ((b"two\n", False), (b"three\n", True), None)
+    assert log.fingerprint == (8, TWO, TWO) and log.end == 8
+    assert (log.read_published(4, 8), log.read_published(0, 8)) == (b"two\n", None)
 
 
 # what happens to a copy -> does it hold what a part of a cursor says of the first two blocks?
 COPIES: dict[str, tuple[Callable[[Path], object], bool]] = {
     "nothing": (lambda path: None, True),
-    "growth": (lambda path: put(path, 3 * len(BLOCK), TWO), True),
-    "a cut at its end": (lambda path: os.truncate(path, 2 * len(BLOCK)), True),
-    "a cut before it": (lambda path: os.truncate(path, 2 * len(BLOCK) - 1), False),
+    "growth": (lambda path: put(path, len(NUMBERS), TWO), True),
+    "a cut at its end": (lambda path: os.truncate(path, END), True),
+    "a cut before it": (lambda path: os.truncate(path, END - 1), False),
     "another first byte": (lambda path: put(path, 0, b"X"), False),
-    "another last byte": (lambda path: put(path, 2 * len(BLOCK) - 1, b"X"), False),
+    "another last byte": (lambda path: put(path, END - 1, b"X"), False),
 }
 
 
@@ -181,14 +214,14 @@ COPIES: dict[str, tuple[Callable[[Path], object], bool]] = {
 def test_a_part_of_a_cursor_is_checked_against_the_bytes(
     happens: Callable[[Path], object], holds: bool, tmp_path: Path
 ) -> None:
-    part = fill(tmp_path / "log", (BLOCK, BLOCK, BLOCK)).cursor_part(2 * len(BLOCK))
+    part = fill(tmp_path / "log", (NUMBERS,)).cursor_part(END)
     shutil.copyfile(tmp_path / "log", tmp_path / "copy")
 
     happens(tmp_path / "copy")
 
     copy = open_log_file(str(tmp_path / "copy"))
     assert copy.validates(part) == holds
-    assert not copy.validates(part.replace(str(2 * len(BLOCK)), str(2 * len(BLOCK) - 1), 1))
+    assert not copy.validates(part.replace(str(END), str(END - 1), 1))
 
 
 def test_a_part_of_a_cursor_knows_the_file_that_it_is_of(tmp_path: Path) -> None:
@@ -230,24 +263,75 @@ def test_a_renamed_file_is_the_same_and_a_copy_is_not(tmp_path: Path) -> None:
     assert log.modified_s() == pytest.approx(copy.modified_s())
 
 
-NAMES = ["log.1", "log.2.gz", "log.10", "log-20251218", "log-20251217.gz", "log.2025-12-16"]
-NO_NAMES = ["log.1.bak", "log1", "other.1", "log.", "log-x", "log.gz", "xlog.1", "log.1.gz.tmp"]
+# names beside app.log, newest first
+ORDERS = {
+    "numbers": ["app.log.1", "app.log.2.gz", "app.log.10.xz"],
+    "dates": ["app.log-20251218", "app.log-20251217.gz", "app.log-20251216.bz2"],
+    "dates after a dot": ["app.log.2026-01-01", "app.log.2025-12-31", "app.log.2025-12-30.gz"],
+    "dates with times": ["app.log-2025-12-17T10:00", "app.log-2025-12-17T09:59"],
+    "dates with numbers": [
+        "app.log.2025-12-17.10",
+        "app.log.2025-12-17.9",
+        "app.log.2025-12-16.11",
+    ],
+    "numbers inside": ["app.1.log", "app.2.log.gz", "app.10.log"],
+    "dates inside": ["app-20251218.log", "app-20251217.log.xz"],
+    "dates with numbers inside": ["app-20251217-10.log", "app-20251217-9.log"],
+    "seconds since 1970": ["app.log-1766000001", "app.log-1766000000"],
+    "none of them": [],
+}
+OTHERS = ["app.log.1.bak", "app.log1", "other.log.1", "app.log.", "app.log-x", "app.log.gz", "app"]
+OTHERS += ["xapp.log.1", "app.log.1.gz.tmp", "app.log-17", "app.txt", "app.1.txt"]
 
 
-def test_rotated_files_are_found_newest_first(tmp_path: Path) -> None:
-    for name in ("log", *NAMES, *NO_NAMES):
+@pytest.mark.parametrize("names", ORDERS.values(), ids=ORDERS)
+def test_rotated_files_are_found_newest_first(names: list[str], tmp_path: Path) -> None:
+    for name in ("app.log", *sorted(names), *OTHERS):
         (tmp_path / name).write_text(f"{name}\n")
 
-    found = audit_stream.rotated_files(str(tmp_path / "log"))
+    found = audit_stream.rotated_files(str(tmp_path / "app.log"))
 
-    names = [os.path.basename(each.path) for each in found]
-    numbered, dated = ([name for name in names if name in some] for some in (NAMES[:3], NAMES[3:]))
-    assert sorted(names) == sorted(NAMES)
-    assert numbered == NAMES[:3] and dated == NAMES[3:]
-    assert [each.compressed for each in found if each.path.endswith(".gz")] == ["gz", "gz"]
+    assert [os.path.basename(each.path) for each in found] == names
+    packed = [each.path.rpartition(".")[2] for each in found if each.compressed]
+    assert [each.compressed for each in found if each.compressed] == packed
 
 
-PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+# the beginnings of two logs -> have they one name?
+NAMES = {
+    "the same two lines": (THREE, TWO + b"four\n", True),
+    "another second line": (TWO, b"one\nother\n", False),
+    "another first line": (TWO, b"other\ntwo\n", False),
+    "an unfinished second line": (TWO, b"one\ntw", False),
+    "only one line, the same": (b"one\n", b"one\ntw", True),
+    "long lines, alike in 4 KiB": (b"x" * 4 * KIB + b"a\n", b"x" * 4 * KIB + b"b\n", True),
+    "none yet": (b"", b"", False),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "same"), NAMES.values(), ids=NAMES)
+def test_the_first_two_lines_are_the_name_of_a_generation(
+    first: bytes, second: bytes, same: bool, tmp_path: Path
+) -> None:
+    logs = [fill(tmp_path / str(at), (data,)) for at, data in enumerate((first, second))]
+
+    here, there = (GenerationNames().assign(log) for log in logs)
+
+    assert (here == there) == same
+
+
+def test_two_open_files_with_the_same_lines_have_two_names(tmp_path: Path) -> None:
+    log, other = (fill(tmp_path / name, (TWO,)) for name in ("log", "other"))
+    names = GenerationNames()
+
+    assert names.assign(log) != names.assign(other)
+    assert names.assign(log) == names.assign(open_log_file(str(tmp_path / "log")))
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("kind", PACKERS)
