@@ -15,13 +15,14 @@ Idea    The file is the queue. A viewer is a Position in it. The first screen, c
 
 Invariants
   1  Only the last segment grows. Every other one has an end_limit and a next.
-  2  Bytes before LogFile.end do not change, as far as the first and last 4 KiB of them tell. If they
-     do, a new generation begins (truncated, rewritten).
+  2  Bytes before LogFile.end do not change, as far as the first and last 4 KiB of them tell. If
+     they do, a new generation begins (truncated, rewritten).
   3  What this process has published is never published again, whatever it is called by now. Where
      nobody can know what lay between two files, the link between them says so (a gap).
   4  A live viewer has no position of its own (None): all of them are at Broadcaster.position.
   5  A cursor covers only bytes that were sent. It proves itself by the 4 KiB before it.
-  6  One event loop. What runs in a thread gets arguments and returns values, and touches nothing else.
+  6  One event loop. What runs in a thread gets arguments and returns values; it touches nothing
+     else.
 
 Glossary
   generation  one life of the log; a rename, truncation or rewrite begins the next one
@@ -161,9 +162,10 @@ class LogFile:
 
     def __init__(self, fd: int, end: int = 0) -> None:
         self._fd = fd
-        self._recent = (0, b"")  # offset and bytes of what was published last: read once, sent to all
+        self._recent = (0, b"")  # offset and bytes of what was published last: read only once
         self.name = ""  # of the generation; empty until somebody is told
         self.sequence = 0  # of the generations that this process published; 0 for others
+        self.began = ("rotated", "")  # why the generation before it ended; a gap before it
         self.fingerprint = Fingerprint()
         self.last_growth_s = 0.0  # when something of it was published last
         self.unfinished = (0, 0.0)  # (first unsent byte of an unfinished line, when it was seen)
@@ -236,7 +238,8 @@ class LogFile:
         """Return the bytes from start to end; fewer only at the end of the file."""
         data = os.pread(self._fd, max(0, end - start), start)
         while data and start + len(data) < end:  # files of a network or of FUSE may read short
-            more = os.pread(self._fd, end - start - len(data), start + len(data))
+            offset = start + len(data)
+            more = os.pread(self._fd, end - offset, offset)
             if not more:
                 break
             data += more
@@ -256,7 +259,7 @@ class LogFile:
     def read_new(self) -> tuple[bytes, bool] | None:
         """Return what follows the published bytes: at most a message, and whether a hole ends it.
 
-        None if the last published bytes have changed: they are read, and compared, in the same call.
+        None if the last published bytes have changed: the same call reads and compares them.
         """
         end, _, tail = self.fingerprint
         data = os.pread(self._fd, len(tail) + MAX_MESSAGE, end - len(tail))
@@ -335,7 +338,9 @@ class LogFile:
         low = max(0, end - most)
         while low + len(self.read_data(low, end)) < end:
             low = self.next_data(low + len(self.read_data(low, end))) or end
-        if low == 0 or low == end or self.read_bytes(low - 1, low) in (b"\n", b"\0"):
+        if low in (0, end):
+            return low
+        if self.read_bytes(low - 1, low) in (b"\n", b"\0"):
             return low
 
         data = self.read_bytes(low, end)
@@ -347,7 +352,7 @@ class LogFile:
     # What was published
 
     def starts_with(self, published: Fingerprint) -> bool:
-        """Return True if the file begins with these bytes, as far as their first and last 4 KiB tell."""
+        """Return True if the file begins with these bytes, as far as the fingerprint tells."""
         end, head, tail = published
         if self.read_bytes(end - len(tail), end) != tail:
             return False
@@ -388,7 +393,8 @@ class LogFile:
         """
         end, head, tail = self.fingerprint
         size, start = self.size, 0
-        if end == len(tail) or self.read_bytes(0, len(head)) == head[:size]:
+        all_is_known = end == len(tail)
+        if all_is_known or self.read_bytes(0, len(head)) == head[:size]:
             low = end - len(tail)
             now = self.read_bytes(low, end)
             changed = low + len(os.path.commonprefix([now, tail]))
@@ -445,6 +451,7 @@ class LogFile:
 
 
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
+OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 def short_hash(data: bytes) -> str:
@@ -459,17 +466,20 @@ def whole_characters(data: bytes) -> int:
 
 def character_start(data: bytes) -> int:
     """Return how many bytes at the beginning belong to a character that began before."""
-    return next((n for n, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
+    for offset, byte in enumerate(data[:4]):
+        if byte & 0xC0 != 0x80:
+            return offset
+    return 0
 
 
 def open_log_file(path: str) -> LogFile:
-    """Open the regular file at path, without waiting for a FIFO. Raises OSError for anything else."""
+    """Open the regular file at path, never waiting for a FIFO. Raises OSError for anything else."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "not a regular file but a directory", path)
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
-    return LogFile(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
+    return LogFile(os.open(path, OPEN_FLAGS))
 
 
 class GenerationNames:
@@ -530,18 +540,27 @@ def generation_name(start: bytes) -> str:
 
 # -- rotated files --
 
-COMPRESSED: dict[str, Callable[..., Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+COMPRESSED: dict[str, Callable[..., Any]]
+COMPRESSED = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 DATE = r"(?:(?:19|20|21)\d\d[-_.:T\d]*\d|\d{9,11})"
 TIME_SLACK_S = 2.0  # a compressed file bears a time shortly before its last line
 
 
-class RotatedName(NamedTuple):
-    """A rotated file beside the log, as its name says it."""
+class ParsedName(NamedTuple):
+    """What the name of a rotated file says."""
 
-    path: str
     kind: str  # "number" or "date", and where it stands: only names of one kind can be compared
     rank: tuple[int, ...]  # within a kind, larger is newer
     compressed: str  # "", "gz", "bz2" or "xz"
+
+
+class RotatedName(NamedTuple):
+    """A rotated file beside the log."""
+
+    path: str
+    kind: str
+    rank: tuple[int, ...]
+    compressed: str
     identity: tuple[int, int]
     size: int
     modified_s: float
@@ -550,7 +569,7 @@ class RotatedName(NamedTuple):
 
 def rotated_files(path: str) -> list[RotatedName]:
     """Return the rotated files beside the log, newest first: NAME.1, NAME-20251217, STEM.1.EXT …"""
-    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    found: dict[str, ParsedName] = {}
     for log in dict.fromkeys((path, real_path(path))):
         folder, name = os.path.split(log)
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
@@ -558,20 +577,18 @@ def rotated_files(path: str) -> list[RotatedName]:
                 if parsed := parse_rotated_name(name, entry.name):
                     found.setdefault(entry.path, parsed)
 
-    # A compressed file beside the plain one is not complete yet.
-    names = [name for name in found if not (found[name][2] and os.path.splitext(name)[0] in found)]
-    names.sort(key=lambda name: found[name][1], reverse=True)
-    return newest_first(path, [(name, *found[name]) for name in names])
+    for name in list(found):  # a compressed file beside the plain one is not complete yet
+        if found[name].compressed and os.path.splitext(name)[0] in found:
+            del found[name]
+    return newest_first(path, found)
 
 
-def newest_first(
-    path: str, names: list[tuple[str, str, tuple[int, ...], str]]
-) -> list[RotatedName]:
-    """Return the newest 64 of each kind, once each, the kind that was written last first."""
+def newest_first(path: str, found: dict[str, ParsedName]) -> list[RotatedName]:
+    """Return the newest 64 files, once each; of several kinds, the one written last comes first."""
     kinds: dict[str, list[RotatedName]] = {}
     seen = {file_identity(path)}
-    for name, kind, rank, compressed in names:
-        files = kinds.setdefault(kind, [])
+    for name in sorted(found, key=lambda name: found[name].rank, reverse=True):
+        files = kinds.setdefault(found[name].kind, [])
         if len(files) >= MAX_ROTATED:
             continue
         with contextlib.suppress(OSError):
@@ -579,36 +596,35 @@ def newest_first(
             identity = (status.st_dev, status.st_ino)
             if identity not in seen and stat.S_ISREG(status.st_mode):
                 seen.add(identity)
-                times = status.st_mtime, status.st_ctime
-                files.append(
-                    RotatedName(name, kind, rank, compressed, identity, status.st_size, *times)
-                )
+                size, times = status.st_size, (status.st_mtime, status.st_ctime)
+                files.append(RotatedName(name, *found[name], identity, size, *times))
 
-    newest = sorted(kinds.values(), key=lambda files: -max((f.modified_s for f in files), default=0))
-    return list(itertools.chain(*newest))[:MAX_ROTATED]
+    filled = [files for files in kinds.values() if files]
+    filled.sort(key=lambda files: max(file.modified_s for file in files), reverse=True)
+    return list(itertools.chain(*filled))[:MAX_ROTATED]
 
 
 @functools.lru_cache(1 << 16)
-def parse_rotated_name(log: str, name: str) -> tuple[str, tuple[int, ...], str] | None:
-    """Return kind, rank and compression of a rotated file's name; None for any other name."""
+def parse_rotated_name(log: str, name: str) -> ParsedName | None:
+    """Return what a rotated file's name says; None for any other name."""
+    compressed = compression_of(name)
+    if compressed:
+        name = os.path.splitext(name)[0]
+    if name.startswith(log):
+        return parse_suffix(name[len(log) :], "", compressed)
+
     stem, extension = os.path.splitext(log)
-    compressed = ""
-    base, last = os.path.splitext(name)
-    if last[1:] in COMPRESSED:
-        name, compressed = base, last[1:]
+    if extension and name.startswith(stem) and name.endswith(extension):
+        inside = name[len(stem) : len(name) - len(extension)]
+        return parse_suffix(inside, " inside", compressed)
+    return None
 
-    if name.startswith(log) and (match := re.fullmatch(r"\.(\d{1,6})", name[len(log) :])):
-        return "number", (-int(match[1]),), compressed
-    if name.startswith(log) and (match := re.fullmatch(f"[-.]({DATE})", name[len(log) :])):
-        return "date", date_rank(match[1]), compressed
 
-    inside = name[len(stem) : len(name) - len(extension)]
-    if not extension or not name.startswith(stem) or not name.endswith(extension):
-        return None
-    if match := re.fullmatch(r"\.(\d{1,6})", inside):
-        return "number inside", (-int(match[1]),), compressed
-    if match := re.fullmatch(f"[-.]({DATE}(?:-\\d+)?)", inside):
-        return "date inside", date_rank(match[1]), compressed
+def parse_suffix(suffix: str, where: str, compressed: str) -> ParsedName | None:
+    if match := re.fullmatch(r"\.(\d{1,6})", suffix):
+        return ParsedName(f"number{where}", (-int(match[1]),), compressed)
+    if match := re.fullmatch(f"[-.]({DATE})", suffix):
+        return ParsedName(f"date{where}", date_rank(match[1]), compressed)
     return None
 
 
@@ -624,7 +640,7 @@ def date_rank(text: str) -> tuple[int, ...]:
     for group in re.findall(r"\d+", rest):
         compact = rest[0].isdecimal() if len(numbers) == 1 else len(numbers) == 3
         if compact and len(group) in (4, 6, 8, 10):
-            numbers += [int(group[at : at + 2]) for at in range(0, len(group), 2)]
+            numbers += map(int, re.findall(r"\d\d", group))
         else:
             numbers.append(int(group))
     return tuple(numbers)
@@ -661,6 +677,7 @@ def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFil
     with tempfile.TemporaryFile(dir=spacious_folder()) as copy, source.open() as file:
         disk = os.fstatvfs(copy.fileno())
         most_bytes = min(most_bytes, disk.f_bavail * disk.f_frsize // 2)
+
         try:
             with COMPRESSED[compression_of(path)](file) as stream:
                 while data := stream.read(MIB):
@@ -693,7 +710,7 @@ def spacious_folder() -> str | None:
 
 
 async def run_in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """Run `work` in a thread. Its last argument is an Event that is set when the caller has gone."""
+    """Run `work` in a thread; its last argument is an Event, set when the caller has gone."""
     cancelled = threading.Event()
     try:
         return await asyncio.to_thread(work, *arguments, cancelled)
@@ -702,12 +719,12 @@ async def run_in_thread(work: Callable[..., T], *arguments: Any) -> T:
 
 
 # ---- 2 The stream --------------------------------------------------------------------------------
-# Tells what comes next from any position, and what that looks like on the wire. Owns the linked list
-# of segments; only link_to() and link_segments() change it.
+# Tells what comes next from any position, and what that looks like on the wire. Owns the linked
+# list of segments; only link_to() and Resumer change it.
 #
-#   [ app.log, 0 to 900 ] --rotated--> [ app.log, 0 to 400 ] --------> [ old file, 900 to 950 ] --+
-#                                        late lines of the old file:   a segment without an event |
-#                                      [ app.log, 400 to … ] <--------- the tail: it still grows -+
+#   [ app.log, 0 to 900 ] --rotated--> [ new app.log, 0 to 400 ] --> [ old file, 900 to 950 ] --+
+#                                            late lines of the old file: a link without an event |
+#                                      [ new app.log, 400 to … ] <------ the tail: it still grows
 
 EMPTY_CURSOR = "0.nothing-was-sent-yet"  # before the first byte of the first file
 
@@ -715,7 +732,9 @@ EMPTY_CURSOR = "0.nothing-was-sent-yet"  # before the first byte of the first fi
 class Segment:
     """A range of one generation. The last one of the list grows with its generation."""
 
-    def __init__(self, file: LogFile, older: Iterable[str] = (), newer: Iterable[str] = ()) -> None:
+    def __init__(
+        self, file: LogFile, older: Iterable[str] = (), newer: Iterable[str] = ()
+    ) -> None:
         self.file = file
         self.older_parts = tuple(older)  # of a cursor: how far the other files still read were sent
         self.newer_parts = tuple(newer)
@@ -732,9 +751,12 @@ class Segment:
     def cursor(self, offset: int) -> str:
         if not offset:
             return self.start_cursor
-        return "~".join((*self.older_parts, self.file.cursor_part(offset), *self.newer_parts))
+        own_part = self.file.cursor_part(offset)
+        return "~".join((*self.older_parts, own_part, *self.newer_parts))
 
-    def link_to(self, following: Segment, offset: int, event: str = "", gap: str = "") -> Segment:
+    def link_to(
+        self, following: Segment, offset: int, event: str = "", gap: str = ""
+    ) -> Segment:
         """Close this segment, and go on at that offset of the next one. Return the next one."""
         self.end_limit = self.end
         following.start_cursor = self.cursor(self.end_limit)
@@ -834,8 +856,9 @@ def last_file(segment: Segment) -> LogFile:
 def following_generation(segment: Segment) -> Message | None:
     if segment.next is None:
         return None
-    message = Message("generation", segment.next.event, segment.next.offset, Position(*segment.next[:2]))
-    message.gap = segment.next.gap
+    following, offset, event, gap = segment.next
+    message = Message("generation", event, offset, Position(following, offset))
+    message.gap = gap
     return message
 
 
@@ -855,6 +878,7 @@ def stream_message(message: Message) -> bytes:
         "start": message.start,
         "cursor": message.next_position.cursor,
     }
+
     if message.kind == "append":
         fields |= {"end": message.next_position.offset, "generation": message.file.name}
         fields["text"] = message.text
@@ -870,6 +894,7 @@ def snapshot_message(
     log: str, start: int, position: Position, text: str, resumed: bool, reason: str | None
 ) -> bytes:
     file = position.segment.file
+
     fields = {
         "type": "snapshot",
         "log": log,
@@ -932,22 +957,22 @@ def match_parts(parts: list[str], files: list[LogFile]) -> dict[str, LogFile]:
 # Reads what was appended, and decides what else happened: rotated, truncated, rewritten, missing.
 # Owns everything that is read: the current file, the draining ones, the tail, the log's state.
 #
-#   the open file        the path                  beside it                    then
-#   -------------------  ------------------------  ---------------------------  -----------------------
-#   changed, now empty   any                       any                          wait up to GRACE_S
-#   changed              any                       a copy of what was read      truncated: the copies,
-#                                                                               then our file from 0
-#   changed: shorter     any                       no copy                      truncated: go on where
-#                                                                               it is no longer the same
-#   changed otherwise    any                       no copy                      rewritten: likewise
-#   unchanged            our file                  –                            nothing: state ok
-#   unchanged            missing, or no file       –                            missing or unreadable
-#                                                                               after GRACE_S
-#   none yet             a file                    what was the log before it   adopt the first of them
-#   unchanged, deleted   begins with all we read   –                            the same log
-#   unchanged            an empty file             –                            wait up to GRACE_S
-#   unchanged            another file              what was the log between     rotated, once for each;
-#                                                                               drain the old one
+#   the open file        the path                beside it                then
+#   -------------------  ----------------------  -----------------------  ------------------------
+#   changed, now empty   any                     any                      wait up to GRACE_S
+#   changed              any                     a copy of what was read  truncated: the copies,
+#                                                                         then our file from 0
+#   changed: shorter     any                     no copy                  truncated: go on where it
+#                                                                         is no longer the same
+#   changed otherwise    any                     no copy                  rewritten: likewise
+#   unchanged            our file                –                        nothing: state ok
+#   unchanged            missing, or no file     –                        missing or unreadable,
+#                                                                         after GRACE_S
+#   none yet             a file                  what was the log before  adopt the first of them
+#   unchanged, deleted   begins with all we read –                        the same log
+#   unchanged            an empty file           –                        wait up to GRACE_S
+#   unchanged            another file            what was the log since   rotated, once for each;
+#                                                                         drain the old one
 
 COALESCE_S = 0.02  # between two checks: bursts are put together
 DRAIN_S = 30.0  # for so long after its last growth a rotated file is still read
@@ -991,7 +1016,7 @@ class LogFollower:
 
     def __init__(self, path: str, interval_s: float) -> None:
         self.path, self.interval_s = path, interval_s
-        self.current = LogFile(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # until there is a log
+        self.current = LogFile(os.open(os.devnull, OPEN_FLAGS))  # until there is a log
         self.tail = Segment(self.current)
         self.draining: dict[LogFile, float] = {}  # rotated files, and until when they are read
         self.state = LogState("missing", "No such file or directory")
@@ -1062,7 +1087,8 @@ class LogFollower:
         files = [*self.draining, self.current]
         parts = [other.cursor_part(other.end) if other.end else "" for other in files]
         place = files.index(file)
-        return Segment(file, filter(None, parts[:place]), filter(None, parts[place + 1 :]))
+        older, newer = parts[:place], parts[place + 1 :]
+        return Segment(file, filter(None, older), filter(None, newer))
 
     # Waiting
 
@@ -1095,7 +1121,8 @@ class LogFollower:
                 if self._drain_rotated():
                     return True
                 return await self._look_around()
-            except OSError as error:
+
+            except OSError as error:  # it is told, and passes
                 self._report_problem("unreadable", error.strerror or "cannot be read")
                 return False
             finally:
@@ -1149,6 +1176,7 @@ class LogFollower:
             start, over = file.end, time.monotonic() > until_s
             self.publish_new_bytes(file, final=over)
             grew = file.end > start
+
             if grew:
                 more = True
                 self.draining[file] = max(until_s, time.monotonic() + DRAIN_S)
@@ -1325,6 +1353,7 @@ class LogFollower:
                 name = os.path.basename(path) or "a file that was the log for a while"
                 pending_gap = f"{name} {problem_of(error)}"
                 continue
+
             if compression_of(path):
                 left_bytes -= file.size
             successors.append(Successor(file, "rotated", pending_gap or gap))
@@ -1338,6 +1367,7 @@ class LogFollower:
         unseen = [name for name in rotated_files(self.path) if self._is_unseen(name) and name.size]
         if not unseen:
             return False
+
         names, gap = successors_of(None, unseen)
         chain, gap = await self._open_successors(names, gap)
         if not chain:
@@ -1383,6 +1413,7 @@ class LogFollower:
     def _begin_generation(self, start: int, reason: str, gap: str) -> None:
         self._watcher.watch_file(self.current)
         self.current.sequence = self.tail.file.sequence + 1
+        self.current.began = reason, gap
         self.current.last_growth_s = time.monotonic()
         self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
         counters[f'generations_total{{reason="{reason}"}}'] += 1
@@ -1541,7 +1572,7 @@ def missing_between(older: RotatedName | None, newer: RotatedName | None) -> str
 
 
 class PublishedFiles:
-    """Other files that were published, or lay beside the log at the start: never published again."""
+    """Files that were published, or lay beside the log at the start: never published again."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Fingerprint, int]] = {}  # with the time of change
@@ -1658,6 +1689,7 @@ class DirectoryWatcher:
         self._add = getattr(libc, "inotify_add_watch", None)
         self._remove = getattr(libc, "inotify_rm_watch", None)
         self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if self._add else -1
+
         self._folders: dict[int, str] = {}
         self._files: dict[LogFile, int] = {}
         self._events: list[NameEvent] = []
@@ -1674,7 +1706,9 @@ class DirectoryWatcher:
         """Watch these folders. Return False if one of them was not watched before."""
         if self._fd < 0 or not self._add or not self._remove:
             return False
-        watched = {self._add(self._fd, os.fsencode(name), FOLDER_EVENTS): name for name in folders}
+        watched: dict[int, str] = {}
+        for folder in folders:
+            watched[self._add(self._fd, os.fsencode(folder), FOLDER_EVENTS)] = folder
         watched.pop(-1, None)
         known = watched.keys() <= self._folders.keys()
         for watch in self._folders.keys() - watched.keys():
@@ -1698,9 +1732,9 @@ class DirectoryWatcher:
         events, self._events = self._events, []
         return events
 
-    async def wait(self, timeout_s: float, log_paths: tuple[str, ...]) -> None:
+    async def wait(self, timeout_s: float, paths: tuple[str, ...]) -> None:
         """Wait until something happens to the log, at most so long."""
-        self._log_paths = log_paths
+        self._log_paths = paths
         loop = asyncio.get_running_loop()
         if self._fd >= 0 and not self._listening:
             loop.add_reader(self._fd, self._read_queue)
@@ -1728,6 +1762,7 @@ class DirectoryWatcher:
             data = os.read(self._fd, 64 * KIB) if self._fd >= 0 else b""
         except OSError:  # nothing there
             return
+
         offset, matters = 0, False
         while offset < len(data):
             watch, mask, cookie, length = struct.unpack_from("iIII", data, offset)
@@ -1777,9 +1812,9 @@ class Arrivals:
     def forget_visits(self) -> None:
         self._visitors.clear()
 
-    def apply(self, events: list[NameEvent], log_paths: tuple[str, str]) -> bool:
+    def apply(self, events: list[NameEvent], paths_of_log: tuple[str, str]) -> bool:
         """Follow the names through these events. Return True if a file of interest has another."""
-        self._real_path = log_paths[1]
+        self._real_path = paths_of_log[1]
         before = [(name, name.path) for name in self._visitors + self.created]
         for event in events:
             if event.mask & Q_OVERFLOW:
@@ -1787,7 +1822,7 @@ class Arrivals:
             elif event.mask & (MOVED_FROM | DELETE):
                 self._leave(event)
             elif event.mask & (MOVED_TO | CREATE):
-                self._come(event, log_paths)
+                self._come(event, paths_of_log)
         del self.created[:-256]
         return before != [(name, name.path) for name in self._visitors + self.created]
 
@@ -1801,7 +1836,7 @@ class Arrivals:
         if event.mask & DELETE and not named:  # an older file was compressed
             self.created = [name for name in self.created if name not in packed]
 
-    def _come(self, event: NameEvent, log_paths: tuple[str, str]) -> None:
+    def _come(self, event: NameEvent, paths_of_log: tuple[str, str]) -> None:
         for name in self._visitors + self.created:
             if name.path == event.path:
                 name.path = ""  # replaced
@@ -1810,7 +1845,7 @@ class Arrivals:
         for name in moved:
             name.path = event.path
         arrived = moved[0] if moved else TrackedName(event.path)
-        if event.path in log_paths:
+        if event.path in paths_of_log:
             self._visitors.append(arrived)
         elif not known:
             self.created.append(arrived)
@@ -1821,13 +1856,14 @@ class Arrivals:
 
     def visits(self) -> list[tuple[str, str]]:
         """Return the present paths of the files before the last one, as (path, gap before it)."""
-        paths = [name.path for name in self._visitors[:-1] if not is_other_kind(name.path)]
+        earlier = [name.path for name in self._visitors[:-1]]
+        paths = [path for path in earlier if not is_other_kind(path)]
         if not all(paths) and self._visitors[-1].path != self._real_path:
             paths = self._links_led_to()
         return [(path, "") for path in paths]
 
     def _links_led_to(self) -> list[str]:
-        """Return the files that a link led to in between: named like the one that it leads to now."""
+        """Return the files that a link led to in between, named like the one it leads to now."""
         shape = shape_of(self._real_path)
         paths = [name.path for name in self.created if shape_of(name.path) == shape]
         if self._real_path in paths:
@@ -1850,7 +1886,8 @@ def is_other_kind(path: str) -> bool:
 
 def is_complete(path: str) -> bool:
     """Return False for a compressed file beside the plain one: it is still being written."""
-    return not compression_of(path) or not os.path.lexists(os.path.splitext(path)[0])
+    plain_path = os.path.splitext(path)[0]
+    return not compression_of(path) or not os.path.lexists(plain_path)
 
 
 def is_compressed_name(path: str, plain_path: str) -> bool:
@@ -1928,12 +1965,14 @@ class Resumer:
         live = [self.follower.current, *reversed(self.follower.draining)]
         owners = match_parts(parts, live)
         proven = all(part in owners and is_right(owners[part], part) for part in parts)
-        if parts and proven and (newer := follow_up(owners[parts[-1]], live)) is not None:
-            return Chain(owners, newer, "")
+        newer = follow_up(owners[parts[-1]], live) if parts and proven else None
+        if newer is not None:
+            return Chain(owners, newer, self.follower.current.began[1])
 
         names = rotated_files(self.follower.path)
         found = await self._open_owners(parts, names, live, patient)
-        owners = match_parts(parts, [*live, *(file for file in found.values() if file not in live)])
+        more = [file for file in found.values() if file not in live]
+        owners = match_parts(parts, [*live, *more])
         if parts and parts[-1] not in owners:
             return Chain(owners, [], "")
 
@@ -1944,14 +1983,19 @@ class Resumer:
         ours = next((name for name in names if name.path == own_path), None)
         if newest and not ours:
             newer = follow_up(newest, live) or []
-            return Chain(owners, newer, "" if newer else "the file that was read is nowhere")
+            nowhere = "the file that was read before is nowhere beside the log"
+            return Chain(owners, newer, self.follower.current.began[1] if newer else nowhere)
         others = [name for name in names if name is not ours]
         return await self._open_newer(owners, *successors_of(ours, others), found, patient)
 
     async def _open_owners(
-        self, parts: list[str], names: list[RotatedName], live: list[LogFile], patient: bool
+        self,
+        parts: list[str],
+        names: list[RotatedName],
+        live: list[LogFile],
+        patient: bool,
     ) -> dict[str, LogFile]:
-        """Open the rotated files, by path: the compressed ones only until every part has an owner."""
+        """Open the rotated files; the compressed ones only until every part has an owner."""
         found: dict[str, LogFile] = {}
         for name in names:
             if not name.compressed:
@@ -1960,7 +2004,8 @@ class Resumer:
 
         left_bytes = MAX_DECOMPRESSED
         for name in names:
-            if len(match_parts(parts, [*live, *found.values()])) == len(parts):
+            owners = match_parts(parts, [*live, *found.values()])
+            if len(owners) == len(parts):
                 break
             if name.compressed:
                 with contextlib.suppress(OSError):
@@ -2005,6 +2050,7 @@ class Resumer:
         newer: list[Successor] = []
         pending_gap, left_bytes = "", MAX_DECOMPRESSED
         names = {name.path: name for name in rotated_files(self.follower.path)}
+
         for path, gap in plan:
             try:
                 if path not in names:
@@ -2032,26 +2078,26 @@ class Resumer:
         """
         follower = self.follower
         reading = {follower.current, *follower.draining}
-        for file in [*chain.owners.values(), *(successor.file for successor in chain.newer)]:
+        successors = [successor.file for successor in chain.newer]
+        for file in [*chain.owners.values(), *successors]:
             if file not in reading:
                 file.record_published(file.data_end())
 
         newer = list(chain.newer)
-        event = "rotated"
         if parts:
             newest = chain.owners[parts[-1]]
-            event = "" if newest is follower.current else event
         else:
             newest = newer.pop(0).file if newer else follower.current
-            event = "" if newest is follower.current else event
-        sent = [(chain.owners[part], part) for part in parts[:-1] if part in chain.owners]
+        event = "" if newest is follower.current else "rotated"
+        owned_parts = [part for part in parts[:-1] if part in chain.owners]
+        sent = [(chain.owners[part], part) for part in owned_parts]
 
         first = last = Segment(newest, (part for _, part in sent))
         for file, part in sent:
             segment = Segment(file, newer=[newest.cursor_part(newest.end)])
             last = last.link_to(segment, offset_of(part))
         for successor in newer:
-            last = last.link_to(Segment(successor.file), 0, "rotated", successor.gap)
+            last = last.link_to(Segment(successor.file), 0, successor.reason, successor.gap)
 
         last.end_limit = last.end
         owned = follower.current in (newest, *chain.owners.values())
@@ -2077,7 +2123,7 @@ def follow_up(file: LogFile, live: list[LogFile]) -> list[Successor] | None:
     first = sequences[0]
     if later and (not first or sequences != list(range(first, first + len(sequences)))):
         return None
-    return [Successor(other, "rotated", "") for other in reversed(later[1:])]
+    return [Successor(other, *other.began) for other in reversed(later[1:])]
 
 
 # ---- 5 Viewers -----------------------------------------------------------------------------------
@@ -2153,6 +2199,12 @@ class Connections:
             self.answered[connection] = None
             connection.progress = connection.progress[0], time.monotonic()
             connection.close_timeout = None  # else the library cuts an answer that takes longer
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Return how much of the log may wait for one viewer in memory: all share 128 MiB."""
+        share = 128 * MIB // max(1, len(self.viewers))
+        return max(16 * KIB, min(MAX_MESSAGE, share))
 
     def abort_all(self) -> None:
         for connection in list(self.open):
@@ -2436,6 +2488,7 @@ class Broadcaster:
         """Write one message to all live viewers; those who lag leave the broadcast."""
         frames = text_frame(plain) if plain else b"", text_frame(as_json)
         receivers = 0
+
         for viewer, future in list(self.live.items()):
             if future.done():
                 continue
@@ -2456,7 +2509,9 @@ class Broadcaster:
 
     # For one viewer
 
-    async def first_message(self, viewer: Connection, initial_bytes: int, since: str | None) -> bytes:
+    async def first_message(
+        self, viewer: Connection, initial_bytes: int, since: str | None
+    ) -> bytes:
         """Find the viewer's position, and return its first message. Raises OSError."""
         resumed = None if since is None else await self.resumer.resume(since)
         if isinstance(resumed, Position):
@@ -2552,6 +2607,7 @@ async def handle_viewer(
         sending.cancel()
         await asyncio.wait([sending])
         broadcaster.remove(viewer)
+
     if not sending.cancelled() and (error := sending.exception()):
         raise error
 
@@ -2560,6 +2616,7 @@ async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connec
     """Send the first message, then message by message, and wait live at the end."""
     since = viewer.query.get("since")
     first = True
+
     try:
         while True:
             try:
@@ -3262,8 +3319,9 @@ ByteRange = tuple[int, int]
 Answer = dict[str, Any]
 Query = dict[str, str]
 Lines = Iterator[tuple[int, bytes]]  # where they begin, and many at a time
-# Reads what a grep prints; the ranges of the file that it was fed are noted meanwhile.
-Reader = Callable[[IO[bytes], list[ByteRange]], Any]
+Fed = list[ByteRange]  # of the file, what a grep got: it counts only these bytes
+Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
+Work = Callable[..., T]
 
 
 class History:
@@ -3306,7 +3364,7 @@ class History:
             return await self.scan(timeline, file, points, self.zone)
         return await self.scan(seek, file, wanted_time(query, self.zone), self.zone)
 
-    async def scan(self, work: Callable[..., T], *args: Any) -> T:
+    async def scan(self, work: Work[T], *args: Any) -> T:
         try:
             async with asyncio.timeout(SCAN_S), self.scan_places:
                 return await run_in_thread(work, *args)
@@ -3393,7 +3451,7 @@ class History:
         """Search the lines between two offsets. Raises HTTPError."""
         process, pattern_fd = start_grep(search.pattern)
         assert process.stdin and process.stdout
-        fed: list[ByteRange] = []
+        fed: Fed = []
         lines = whole_lines(search, start, end)
         # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
         feeding = self.in_pool(feed_grep, search.pattern, pattern_fd, lines, process.stdin, fed)
@@ -3412,7 +3470,7 @@ class History:
         feeding.result()
         return Piece(start, fed, reading.result())
 
-    def in_pool(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def in_pool(self, work: Work[T], *args: Any) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self.threads, work, *args)
 
@@ -3487,7 +3545,7 @@ class Piece(NamedTuple):
     """What one grep found in the lines from `start` on, and which ranges it was fed."""
 
     start: int
-    fed: list[ByteRange]
+    fed: Fed
     found: Any
 
 
@@ -3618,7 +3676,7 @@ def feed_grep(
     pattern_fd: int,
     lines: Lines,
     pipe: IO[bytes],
-    fed: list[ByteRange],
+    fed: Fed,
 ) -> None:
     """Write the pattern and the lines, in a thread, and note which ranges these are."""
     with contextlib.suppress(BrokenPipeError), pipe:
@@ -3682,20 +3740,20 @@ def stand_in(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("audit_stream.stand_in", stand_in)
 
 
-def read_matches(most: int, pipe: IO[bytes], fed: list[ByteRange]) -> list[ByteRange]:
+def read_matches(most: int, pipe: IO[bytes], fed: Fed) -> list[ByteRange]:
     """Return the ranges of the last lines that grep found."""
     with pipe:
         lines = (line.partition(b":") for line in pipe)  # at most 1 MiB each, as they were fed
-        last = collections.deque(((offset, len(line)) for offset, _, line in lines), most)
-
-    starts = [(file_offset(fed, int(offset)), length) for offset, length in last]
-    # At the end of the file grep ends a line that is unfinished.
-    return [(start, min(start + length, fed[-1][1])) for start, length in starts]
+        last = collections.deque(((int(line[0]), len(line[2])) for line in lines), most)
+    return [matched_range(fed, *match) for match in last]
 
 
-def count_matches(
-    starts: list[int], pipe: IO[bytes], fed: list[ByteRange]
-) -> collections.Counter[int]:
+def matched_range(fed: Fed, offset: int, length: int) -> ByteRange:
+    start = file_offset(fed, offset)
+    return start, min(start + length, fed[-1][1])  # grep ends the last line if nobody did
+
+
+def count_matches(starts: list[int], pipe: IO[bytes], fed: Fed) -> collections.Counter[int]:
     """Count the lines that grep found, by the start of the stretch in which they are."""
 
     def stretch_of(line: bytes) -> int:
@@ -3713,7 +3771,7 @@ def count_matches(
     return counts
 
 
-def file_offset(fed: list[ByteRange], offset: int) -> int:
+def file_offset(fed: Fed, offset: int) -> int:
     """Return where in the file the byte is that grep got at an offset of its own."""
     for start, end in fed:
         if offset < end - start:
@@ -4015,12 +4073,12 @@ class FileSet:
             file = await run_in_thread(unpack_past_file, past)
             first, last = await run_in_thread(time_span, file, self.zone)
         if self.known.get(past.key[:2], past).key == past.key:
-            whole = past._replace(size=file.size, first=first, last=last)
-            self.known[past.key[:2]] = whole
+            known = past._replace(size=file.size, first=first, last=last)
+            self.known[past.key[:2]] = known
         return file
 
     def forget_unused(self) -> None:
-        """Close what nobody has looked at for a while, and what was not for longest if it is much."""
+        """Close what nobody has looked at for a while, and for longest if there is much of it."""
         done = [key for key, job in self.unpacking.items() if job.done()]
         size = sum(job_bytes(self.unpacking[key]) for key in done)
         done.sort(key=self.used_s.__getitem__)
@@ -4148,7 +4206,7 @@ class Term(NamedTuple):
 
 
 def parse_query(query: str) -> list[Term]:
-    """Return the terms, excluding ones last: PCRE gives up sooner. Raises HTTPError if there are none."""
+    """Return the terms, excluding ones last: PCRE gives up sooner. Raises HTTPError without a term."""
     terms = []
     for mark, *quoted, word in TERM.findall(query):
         phrase = "".join(quoted)
@@ -4287,13 +4345,13 @@ MONTH_NAME = rb"(?P<name>" + b"|".join(MONTHS) + rb")"
 YEAR_BEFORE = rb"(?:(?P<year>[12]\d{3}),? )?"
 YEAR_BEHIND = rb"(?: (?P<last>[12]\d{3})(?![\w.:-]))?"
 STAMPS = {
-    "ISO 8601": rb"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)[Tt _]" + CLOCK,
-    "ISO 8601 basic": rb"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)T" + BASIC_CLOCK,
-    "YYYY/MM/DD": rb"(?P<year>\d{4})/(?P<month>\d\d)/(?P<day>\d\d) " + CLOCK,
-    "Common Log Format": rb"(?P<day>\d\d)[/ -]" + MONTH_NAME + rb"[/ -](?P<year>\d{4})[: ]" + CLOCK,
+    "ISO 8601": rb"(?P<year>[12]\d{3})-(?P<month>\d\d)-(?P<day>\d\d)[Tt _]" + CLOCK,
+    "ISO 8601 basic": rb"(?P<year>[12]\d{3})(?P<month>\d\d)(?P<day>\d\d)T" + BASIC_CLOCK,
+    "YYYY/MM/DD": rb"(?P<year>[12]\d{3})/(?P<month>\d\d)/(?P<day>\d\d) " + CLOCK,
+    "Common Log Format": rb"(?P<day>\d\d)[/ -]" + MONTH_NAME + rb"[/ -](?P<year>[12]\d{3})[: ]" + CLOCK,
     "RFC 3164": MONTH_NAME + rb" [ 0]?(?P<day>\d\d?),? " + YEAR_BEFORE + CLOCK + YEAR_BEHIND,
     "auditd": rb"audit\((?P<epoch>\d{10}(?:\.\d{1,9})?):\d+\)",
-    "klog": rb"[IWEF](?P<year>\d{4})?(?P<month>\d\d)(?P<day>\d\d) " + CLOCK,
+    "klog": rb"[IWEF](?P<year>[12]\d{3})?(?P<month>\d\d)(?P<day>\d\d) " + CLOCK,
     "epoch milliseconds": rb"(?P<epoch>\d{10}(?P<thousandths>\d{3}))(?![\w.])",
     "epoch seconds": rb"(?P<epoch>\d{10}(?:\.\d{1,9})?)(?!\w|\.\d)",
 }
@@ -4303,7 +4361,7 @@ KEY = re.compile(rb"""(?<![\w.@-])(?:"([\w.@-]{1,40})"[ \t]?:[ \t]?|([\w.@-]{1,4
 TIME_KEY = re.compile(rb"time|stamp|date|epoch|(?:^|[^a-z])(?:ts?|at)$", re.IGNORECASE)
 WORDS = rb"(?:[^ \t\n]{0,99}[ \t]{1,99}(?![ \t])){0,%d}?"
 WORD_BEGINNING = rb"(?:[^ \t\n]{0,99}?[^\w \t\n])??"
-LINE_BEGINNING = re.compile(rb"\W{0,4}\Z")
+LINE_BEGINNING = rb"(?:\xef\xbb\xbf)?[ -/:-@[-`{-~]{0,4}"
 
 
 Timed = tuple[int, float]  # an offset, and a time in seconds since 1970
@@ -4332,9 +4390,11 @@ class Place(NamedTuple):
         """Return False if what is before it rules it out: in JSON a stamp is the value of a key."""
         if len(before) >= STAMP_BYTES:
             return False
-        if self.is_at_start():
-            return bool(LINE_BEGINNING.match(before))
-        return bool(self.key) or not before.startswith(b"{")
+        if self.key:
+            return True
+        if self.is_at_start() and not re.fullmatch(LINE_BEGINNING, before):
+            return False
+        return not before.startswith(b"{")
 
     def pattern(self) -> re.Pattern[bytes]:
         stamp = rb"(?P<stamp>" + STAMPS[self.stamp] + rb")"
@@ -4343,7 +4403,7 @@ class Place(NamedTuple):
             key_and_sign = rb'"' + key + rb'"[ \t]?:[ \t]?|' + key + rb"="
             before = rb"[^\n]{0,99}?(?<![\w.@-])(?:" + key_and_sign + rb')"?'
         elif self.is_at_start():
-            before = rb"[^\w\n]{0,4}"
+            before = rb"(?!\{)" + LINE_BEGINNING
         else:
             before = rb"(?!\{)" + WORDS % self.words + WORD_BEGINNING
         return re.compile(b"\n" + before + stamp)
@@ -4597,7 +4657,7 @@ def parse_zone(name: str) -> datetime.tzinfo:
 
 
 def parse_moment(text: str, zone: datetime.tzinfo) -> float | None:
-    """Return the time of a stamp, or a date's midnight, in seconds since 1970; None for nonsense."""
+    """Return the time of a stamp, or a date's midnight, in s since 1970; None for nonsense."""
     # A plus sign in an address is a space.
     text = re.sub(r"(\d:\d\d\S*) (\d\d(?::?\d\d)?)\Z", r"\1+\2", text.strip())
     if re.fullmatch(r"\d{4}[-/]\d\d[-/]\d\d", text):
@@ -4625,7 +4685,7 @@ MAX_TICKETS = 2000
 LATE_LINES_S = 40.0  # a rotated file that grows later is sealed again
 LAST_ANCHOR_S = 0.5  # of the stop
 ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
-CLOCK_S = 60.0  # entries may be so much older than the receipt that was taken before them
+CLOCK_S = 60.0  # a rotation is noticed, and an entry written, at most so late
 MAX_SHOWN = 100  # failed receipts that --verify names
 
 
@@ -5212,7 +5272,8 @@ class Checker:
     def answer(
         self, one: Wanted, digests: dict[int, str], loop: asyncio.AbstractEventLoop
     ) -> None:
-        digest = Digest(digests[head_end(one.end)], digests[one.end], time.time())
+        head, sha256 = digests[head_end(one.end)], digests[one.end]
+        digest = Digest(head, sha256, time.time())
         loop.call_soon_threadsafe(one.settle, digest)
 
     def edges_for(self, stops: set[int]) -> list[int]:
@@ -5450,7 +5511,7 @@ class Candidate(NamedTuple):
 
     def is_older_than(self, moment_s: float, times: TimeFormat | None) -> bool:
         """Return True if the file was finished, or has entries from, before a moment."""
-        if self.file.modified_s() < moment_s:
+        if self.file.modified_s() < moment_s - CLOCK_S:
             return True
         if times is None:
             return False
@@ -5704,6 +5765,7 @@ def receipt_span(receipts: list[Receipt]) -> str:
 START_TIME_S = time.time()
 WATCHDOG_S = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # sd_watchdog_enabled(3)
 ACCEPT_BATCH = 32  # connections in one go: asyncio would take as many as may wait
+STOP_S = 1.8  # from the signal to the end of the process
 APPEND_WAIT_S = 5.0  # for the lock, which everybody who may read the log may hold
 
 
@@ -5728,8 +5790,14 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
 
     # Signals.
     stop, reload = asyncio.Event(), asyncio.Event()
-    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
-        loop.add_signal_handler(number, event.set)
+
+    def end(*_: object) -> None:
+        exit_after(STOP_S)  # the loop may be busy for longer
+        loop.call_soon_threadsafe(stop.set)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
 
     # Open the port, then say so.
     server = await serve(
@@ -5764,7 +5832,6 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
     finally:
         sd_notify("STOPPING=1")
         for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not spoil the exit code
-            loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
         await close(server, connections)
 
@@ -5787,6 +5854,13 @@ async def close(server: Server, connections: Connections) -> None:
     while not closed.done():
         connections.abort_all()
         await asyncio.wait([closed], timeout=0.1)
+
+
+def exit_after(seconds: float) -> None:
+    """End the process then, whatever is still going on: 10,000 viewers take longer."""
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 async def reload_credentials(
