@@ -279,7 +279,7 @@ add(
     "rotatelogs-elsewhere",
     piped("rotatelogs", "-L", "{log}", "{logs}/old.%s", "1"),
     needs=("rotatelogs",),
-    listed=False,
+    **AWAY,
 )
 add("rotatelogs-truncates", piped("rotatelogs", "-t", "{log}", "1"), needs=("rotatelogs",), keeps=False, cuts=True)
 add("rotatelogs-ring", piped("rotatelogs", "-n", "4", "{log}", "1"), needs=("rotatelogs",), followed=False, keeps=False)
@@ -322,7 +322,8 @@ add("log4js-date", node("log4js-date"), needs=("node", "log4js"))
 LOGBACK = """<configuration><appender name="file" class="ch.qos.logback.core.rolling.RollingFileAppender">
 <file>{log}</file><encoder><pattern>%m%n</pattern></encoder>
 <rollingPolicy class="ch.qos.logback.core.rolling.{policy}">
-<fileNamePattern>{pattern}</fileNamePattern>{more}</rollingPolicy>{trigger}</appender><root level="info"><appender-ref ref="file"/></root></configuration>
+<fileNamePattern>{pattern}</fileNamePattern>{more}</rollingPolicy>{trigger}
+</appender><root level="info"><appender-ref ref="file"/></root></configuration>
 """
 BY_SIZE = '<triggeringPolicy class="ch.qos.logback.core.rolling.SizeBasedTriggeringPolicy">'
 BY_SIZE += "<maxFileSize>24000</maxFileSize></triggeringPolicy>"
