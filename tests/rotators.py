@@ -334,7 +334,7 @@ def play(setup: SetUp, way: str, folder: Path, tools: Path) -> dict[str, str]:
     prefix = NO_INOTIFY if way == "blind" else ()
 
     def start() -> Server:
-        return Server(place.log, "--rate-limit", 0, folder=Path(servers), port=port, prefix=prefix)
+        return Server(place.log, "--rate-limit", 0, folder=Path(servers), port=port, prefix=prefix, dev=False)
 
     server = start()
     watching = Watching(server)
