@@ -1,4 +1,4 @@
-"""The programs that the rig drives: how each of them writes, how it is made to rotate, what the outcome may be."""
+"""The programs that the rig drives: how each writes and rotates, and what the outcome may be."""
 
 import shutil
 import subprocess
@@ -43,8 +43,8 @@ class SetUp:
     writer: Callable[[Place], Command]
     rotate: Callable[[Place], object] | None = None  # about once a second
     needs: tuple[str, ...] = ()  # programs, jars, modules
-    listed: bool = True  # are the rotated names those that INTERFACE.md lists, in a format that it lists?
-    renames: bool = True  # else a rotation leads out of the folder, turns a link, or packs at once in an unlisted way
+    listed: bool = True  # rotated names and formats are those that count over a restart
+    renames: bool = True  # else a rotation leads elsewhere, turns a link, or packs at once by zstd
     keeps: bool = True  # else lines may go from the disk before anybody could read them
     cuts: bool = False  # copytruncate: what comes between copy and cut is gone
     followed: bool = True  # else it cannot be, and only what happens is shown
@@ -64,7 +64,11 @@ def add(name: str, writer: Callable[[Place], Command], **more: object) -> None:
 def have(setup: SetUp, tools: Path) -> str:
     """What of a set-up's needs is not there."""
     places = [tools / "pip", tools / "npm/node_modules", tools / "java", JARS]
-    found = [need for need in setup.needs if shutil.which(need) or any((place / need).exists() for place in places)]
+    found = [
+        need
+        for need in setup.needs
+        if shutil.which(need) or any((place / need).exists() for place in places)
+    ]
     return ", ".join(need for need in setup.needs if need not in found)
 
 
@@ -72,7 +76,12 @@ def call(command: Command | str, place: Place) -> None:
     """What it has to say is kept, for whoever looks into a run."""
     with open(place.folder / "rotations", "ab") as output:
         subprocess.run(
-            command, shell=isinstance(command, str), cwd=place.logs, stdout=output, stderr=output, timeout=20
+            command,
+            shell=isinstance(command, str),
+            cwd=place.logs,
+            stdout=output,
+            stderr=output,
+            timeout=20,
         )
 
 
@@ -85,11 +94,17 @@ def python(how: str) -> Callable[[Place], Command]:
 
 
 def node(how: str) -> Callable[[Place], Command]:
-    return lambda place: ["node", WRITERS / "writer.cjs", how, place.log, place.tools / "npm/node_modules"]
+    return lambda place: [
+        "node",
+        WRITERS / "writer.cjs",
+        how,
+        place.log,
+        place.tools / "npm/node_modules",
+    ]
 
 
 def shell(text: str, reopen: bool = True) -> Callable[[Place], None]:
-    """A rotation by hand: {log} is the log, {number} counts the rotations, then the writer opens its file again."""
+    """A rotation by hand ({number} counts them), then the writer opens its file again."""
 
     def rotate(place: Place) -> None:
         place.rotations += 1
@@ -111,10 +126,18 @@ def logrotate(options: str, how: str, clock: Clock | None, force: bool) -> Calla
         place.rotations += 1
         (place.folder / "old").mkdir(exist_ok=True)
         ending = f"postrotate\n{sent_again(place)}\nendscript" if how == "signal" else ""
-        text = f"{place.log} {{\nmissingok\n{options.format(old=place.folder / 'old')}\n{ending}\n}}\n"
+        text = (
+            f"{place.log} {{\nmissingok\n{options.format(old=place.folder / 'old')}\n{ending}\n}}\n"
+        )
         config = place.file("logrotate.conf", text)
         config.chmod(0o644)
-        command: Command = ["logrotate", *(["-f"] if force else []), "-s", place.folder / "state", config]
+        command: Command = [
+            "logrotate",
+            *(["-f"] if force else []),
+            "-s",
+            place.folder / "state",
+            config,
+        ]
         if clock:
             command = ["env", "NO_FAKE_STAT=1", "faketime", "-f", clock(place.rotations), *command]
         call(command, place)
@@ -122,16 +145,24 @@ def logrotate(options: str, how: str, clock: Clock | None, force: bool) -> Calla
     return rotate
 
 
-def add_logrotate(name: str, options: str, how: str = "signal", clock: Clock | None = None, **more: object) -> None:
+def add_logrotate(
+    name: str, options: str, how: str = "signal", clock: Clock | None = None, **more: object
+) -> None:
     if "rotate" not in options.split():
         options = f"rotate 30\n{options}"
     needs = ("logrotate", "faketime") if clock else ("logrotate",)
     force = "size" not in options.split()
-    add(f"logrotate-{name}", python(how), rotate=logrotate(options, how, clock, force), needs=needs, **more)
+    add(
+        f"logrotate-{name}",
+        python(how),
+        rotate=logrotate(options, how, clock, force),
+        needs=needs,
+        **more,
+    )
 
 
 XZ = "compress\ncompresscmd /usr/bin/xz\nuncompresscmd /usr/bin/unxz\ncompressext .xz"
-ZSTD = "compress\ncompresscmd /usr/bin/zstd\ncompressoptions -q --rm\nuncompresscmd /usr/bin/unzstd\ncompressext .zst"
+ZSTD = "compress\ncompresscmd /usr/bin/zstd\ncompressoptions -q --rm\ncompressext .zst"
 BZIP2 = "compress\ncompresscmd /usr/bin/bzip2\nuncompresscmd /usr/bin/bunzip2\ncompressext .bz2"
 
 
@@ -172,7 +203,9 @@ add_logrotate("dateext-hours", "create\ndateext\ndateformat -%Y%m%d%H", clock=ne
 add_logrotate("dateext-seconds", "create\ndateext\ndateformat -%Y%m%d-%H%M%S")
 add_logrotate("dateext-epoch", "create\ndateext\ndateformat -%s")
 add_logrotate("dateext-dot-epoch", "create\ndateext\ndateformat .%s")
-add_logrotate("dateext-compress", "create\ndateext\ndateformat -%Y%m%d-%H%M%S\ncompress\ndelaycompress")
+add_logrotate(
+    "dateext-compress", "create\ndateext\ndateformat -%Y%m%d-%H%M%S\ncompress\ndelaycompress"
+)
 add_logrotate("dateext-clock-back", "create\ndateext\ndateformat -%Y%m%d-%H%M%S", clock=hour_back)
 add_logrotate("dateext-day-first", "create\ndateext\ndateformat -%d%m%Y", clock=month_end)
 add_logrotate("dateext-underscore", "create\ndateext\ndateformat _%Y%m%d-%H%M%S", listed=False)
@@ -182,7 +215,9 @@ add_logrotate("extension", "create\nextension .log")
 add_logrotate("extension-dates", "create\nextension .log\ndateext\ndateformat -%Y%m%d-%H%M%S")
 add_logrotate("addextension", "create\naddextension .old", listed=False)
 add_logrotate("copytruncate", "copytruncate", how="never", cuts=True)
-add_logrotate("copytruncate-dateext", "copytruncate\ndateext\ndateformat -%s", how="never", cuts=True)
+add_logrotate(
+    "copytruncate-dateext", "copytruncate\ndateext\ndateformat -%s", how="never", cuts=True
+)
 add_logrotate("copytruncate-compress", "copytruncate\ncompress", how="never", cuts=True)
 add_logrotate("copytruncate-own-offset", "copytruncate", how="offset", cuts=True)
 add_logrotate("copytruncate-xz", f"copytruncate\n{XZ}", how="never", cuts=True)
@@ -196,7 +231,8 @@ add_logrotate("never-reopened", "create", how="never")
 SHIFT = "for n in $(seq 40 -1 {first}); do for e in '' .gz .bz2; do "
 SHIFT += "[ -e {{log}}.$n$e ] && mv {{log}}.$n$e {{log}}.$((n+1))$e; done; done"
 NEWSYSLOG = SHIFT.format(first=0) + "\nmv {log} {log}.0 && : > {log}"
-KUBELET = "for f in {log}.*[0-9]; do [ -e $f ] && {{ gzip -c $f > $f.tmp && mv $f.tmp $f.gz && rm $f; }}; done\n"
+KUBELET = "for f in {log}.*[0-9]; do "
+KUBELET += "[ -e $f ] && {{ gzip -c $f > $f.tmp && mv $f.tmp $f.gz && rm $f; }}; done\n"
 KUBELET += "mv {log} {log}.$(date +%Y%m%d-%H%M%S)"
 LUMBERJACK = "mv {log} {base}-$(date +%Y-%m-%dT%H-%M-%S).$(date +%N | cut -c1-3).log"
 
@@ -235,16 +271,28 @@ add("newsyslog-bz2", python("signal"), rotate=newsyslog("bzip2"), needs=("bzip2"
 add("kubelet", python("signal"), rotate=shell(KUBELET))
 add("kubelet-link", python("signal"), rotate=kubelet_linked, prepare=linked)
 add("lumberjack-order", python("signal"), rotate=shell(LUMBERJACK))
-add("lumberjack-order-gz", python("signal"), rotate=shell(LUMBERJACK + "\ngzip $(ls {base}-*.log | head -n -1)"))
-add("moved-elsewhere", python("signal"), rotate=shell("mv {log} {log}.{number}.aside"), listed=False)
-add("watched-handler", python("watched"), rotate=shell(SHIFT.format(first=1) + "\nmv {log} {log}.1", False), writers=3)
+add(
+    "lumberjack-order-gz",
+    python("signal"),
+    rotate=shell(LUMBERJACK + "\ngzip $(ls {base}-*.log | head -n -1)"),
+)
+add(
+    "moved-elsewhere", python("signal"), rotate=shell("mv {log} {log}.{number}.aside"), listed=False
+)
+add(
+    "watched-handler",
+    python("watched"),
+    rotate=shell(SHIFT.format(first=1) + "\nmv {log} {log}.1", False),
+    writers=3,
+)
 
 # rsyslog by its own rotation
 
 
 def rsyslog(place: Place) -> None:
     script = place.file(
-        "rotate", f"#!/bin/sh\n{SHIFT.format(first=1).format(log=place.log)}\nmv {place.log} {place.log}.1\n"
+        "rotate",
+        f"#!/bin/sh\n{SHIFT.format(first=1).format(log=place.log)}\nmv {place.log} {place.log}.1\n",
     )
     script.chmod(0o755)
     config = place.file(
@@ -273,22 +321,48 @@ def config(name: str, text: str) -> Callable[[Place], None]:
 
 DATE = "%Y%m%d-%H%M%S"
 add("rotatelogs", piped("rotatelogs", "-L", "{log}", "{log}." + DATE, "1"), needs=("rotatelogs",))
-add("rotatelogs-local", piped("rotatelogs", "-l", "-L", "{log}", "{log}." + DATE, "1"), needs=("rotatelogs",))
-add("rotatelogs-size", piped("rotatelogs", "-L", "{log}", "{log}." + DATE, "24K"), needs=("rotatelogs",))
+add(
+    "rotatelogs-local",
+    piped("rotatelogs", "-l", "-L", "{log}", "{log}." + DATE, "1"),
+    needs=("rotatelogs",),
+)
+add(
+    "rotatelogs-size",
+    piped("rotatelogs", "-L", "{log}", "{log}." + DATE, "24K"),
+    needs=("rotatelogs",),
+)
 add(
     "rotatelogs-elsewhere",
     piped("rotatelogs", "-L", "{log}", "{logs}/old.%s", "1"),
     needs=("rotatelogs",),
     **AWAY,
 )
-add("rotatelogs-truncates", piped("rotatelogs", "-t", "{log}", "1"), needs=("rotatelogs",), keeps=False, cuts=True)
-add("rotatelogs-ring", piped("rotatelogs", "-n", "4", "{log}", "1"), needs=("rotatelogs",), followed=False, keeps=False)
+add(
+    "rotatelogs-truncates",
+    piped("rotatelogs", "-t", "{log}", "1"),
+    needs=("rotatelogs",),
+    keeps=False,
+    cuts=True,
+)
+add(
+    "rotatelogs-ring",
+    piped("rotatelogs", "-n", "4", "{log}", "1"),
+    needs=("rotatelogs",),
+    followed=False,
+    keeps=False,
+)
 CRONOLOG = ("cronolog", "-S", "{log}", "-P", "{logs}/previous")
 add("cronolog", piped(*CRONOLOG, "{log}." + DATE), needs=("cronolog",))
 add("cronolog-elsewhere", piped(*CRONOLOG, "{logs}/old." + DATE), needs=("cronolog",), **AWAY)
 CURRENT = {"log": "logs/current", "listed": False}
 SVLOGD = f"s{MOST}\nn30\n"
-add("svlogd", piped("svlogd", "{logs}"), prepare=config("config", SVLOGD), needs=("svlogd",), **CURRENT)
+add(
+    "svlogd",
+    piped("svlogd", "{logs}"),
+    prepare=config("config", SVLOGD),
+    needs=("svlogd",),
+    **CURRENT,
+)
 add("multilog", piped("multilog", f"s{MOST}", "n30", "{logs}"), needs=("multilog",), **CURRENT)
 add("s6-log", piped("s6-log", f"s{MOST}", "n30", "{logs}"), needs=("s6-log",), **CURRENT)
 
@@ -319,8 +393,9 @@ add("log4js-date", node("log4js-date"), needs=("node", "log4js"))
 
 # Java
 
-LOGBACK = """<configuration><appender name="file" class="ch.qos.logback.core.rolling.RollingFileAppender">
-<file>{log}</file><encoder><pattern>%m%n</pattern></encoder>
+LOGBACK = """<configuration>
+<appender name="file" class="ch.qos.logback.core.rolling.RollingFileAppender"><file>{log}</file>
+<encoder><pattern>%m%n</pattern></encoder>
 <rollingPolicy class="ch.qos.logback.core.rolling.{policy}">
 <fileNamePattern>{pattern}</fileNamePattern>{more}</rollingPolicy>{trigger}
 </appender><root level="info"><appender-ref ref="file"/></root></configuration>
@@ -329,9 +404,10 @@ BY_SIZE = '<triggeringPolicy class="ch.qos.logback.core.rolling.SizeBasedTrigger
 BY_SIZE += "<maxFileSize>24000</maxFileSize></triggeringPolicy>"
 INDEXED = "<minIndex>1</minIndex><maxIndex>20</maxIndex>"
 SIZED = "<maxFileSize>24000</maxFileSize>"
-LOG4J = """<Configuration><Appenders><RollingFile name="file" fileName="{log}" filePattern="{pattern}">
-<PatternLayout pattern="%m%n"/><Policies>{trigger}</Policies><DefaultRolloverStrategy max="30" {more}/>
-</RollingFile></Appenders><Loggers><Root level="info"><AppenderRef ref="file"/></Root></Loggers></Configuration>
+LOG4J = """<Configuration><Appenders>
+<RollingFile name="file" fileName="{log}" filePattern="{pattern}"><PatternLayout pattern="%m%n"/>
+<Policies>{trigger}</Policies><DefaultRolloverStrategy max="30" {more}/></RollingFile></Appenders>
+<Loggers><Root level="info"><AppenderRef ref="file"/></Root></Loggers></Configuration>
 """
 OF_SIZE, EACH_SECOND = '<SizeBasedTriggeringPolicy size="24000"/>', "<TimeBasedTriggeringPolicy/>"
 JAVA_NEEDS = {
@@ -346,7 +422,9 @@ def add_java(name: str, library: str, template: str, pattern: str, **more: objec
 
     def writer(place: Place) -> Command:
         base = place.log.with_suffix("")
-        text = template.format(log=place.log, pattern=pattern.format(log=place.log, base=base), **fields)
+        text = template.format(
+            log=place.log, pattern=pattern.format(log=place.log, base=base), **fields
+        )
         config = place.file(f"{library}.xml", text)
         jars = [JARS / need for need in JAVA_NEEDS[library] if need.endswith(".jar")]
         path = ":".join(map(str, [place.tools / "java", *jars]))
@@ -367,7 +445,13 @@ def add_java(name: str, library: str, template: str, pattern: str, **more: objec
 FIXED = {"policy": "FixedWindowRollingPolicy", "more": INDEXED, "trigger": BY_SIZE}
 add_java("logback-fixed", "logback", LOGBACK, "{log}.%i", **FIXED)
 add_java("logback-fixed-gz", "logback", LOGBACK, "{log}.%i.gz", **FIXED)
-add_java("logback-time", "logback", LOGBACK, "{log}.%d{{yyyy-MM-dd_HH-mm-ss}}", policy="TimeBasedRollingPolicy")
+add_java(
+    "logback-time",
+    "logback",
+    LOGBACK,
+    "{log}.%d{{yyyy-MM-dd_HH-mm-ss}}",
+    policy="TimeBasedRollingPolicy",
+)
 DAILY = {"policy": "SizeAndTimeBasedRollingPolicy", "more": SIZED}
 add_java("logback-size-and-time", "logback", LOGBACK, "{log}.%d{{yyyy-MM-dd}}.%i", **DAILY)
 add_java("logback-size-and-time-gz", "logback", LOGBACK, "{log}.%d{{yyyy-MM-dd}}.%i.gz", **DAILY)
@@ -375,4 +459,10 @@ add_java("log4j-default", "log4j", LOG4J, "{log}.%i", trigger=OF_SIZE)
 add_java("log4j-min", "log4j", LOG4J, "{log}.%i", trigger=OF_SIZE, more='fileIndex="min"')
 add_java("log4j-time", "log4j", LOG4J, "{log}.%d{{yyyy-MM-dd-HH-mm-ss}}", trigger=EACH_SECOND)
 add_java("log4j-date-index", "log4j", LOG4J, "{log}.%d{{yyyy-MM-dd}}.%i", trigger=OF_SIZE)
-add_java("log4j-before-extension-gz", "log4j", LOG4J, "{base}-%d{{yyyy-MM-dd}}-%i.log.gz", trigger=OF_SIZE)
+add_java(
+    "log4j-before-extension-gz",
+    "log4j",
+    LOG4J,
+    "{base}-%d{{yyyy-MM-dd}}-%i.log.gz",
+    trigger=OF_SIZE,
+)

@@ -1,11 +1,11 @@
-"""Real programs write and rotate a log; three viewers look on; each line must come once, or its absence be told.
+"""Real programs write and rotate a log, three viewers look on: each line comes once, or is told.
 
-python3 tests/rotators.py [--only NAME …] [--way kill|stop|blind …] [--jobs N] [--tools FOLDER] [--list]
+python3 tests/rotators.py [--only NAME …] [--way kill|stop|blind …] [--jobs N] [--tools FOLDER]
 
-The ways: `kill` kills the server and starts it again; `stop` stops it for some seconds, so that several rotations
-fall between two looks; `blind` gives it no file events. Viewer A stays connected, B leaves and returns with its
-cursor, C is plain. Programs from PyPI and npm are installed into a temporary folder, unless --tools names one to keep.
-What cannot be had is skipped, with a word.
+The ways: `kill` kills the server and starts it again; `stop` stops it for some seconds, so that
+several rotations fall between two looks; `blind` gives it no file events. Viewer A stays connected,
+B leaves and returns with its cursor, C is plain. Programs from PyPI and npm are installed into a
+temporary folder, unless --tools names one to keep. What cannot be had is skipped, with a word.
 """
 
 import argparse
@@ -26,12 +26,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import NO_INOTIFY, Server, Viewer, eventually, free_port
+from harness import NO_INOTIFY, Server, Viewer, eventually, free_port
 from rotating_programs import JARS, SETUPS, WRITERS, Place, SetUp, have
 from websockets.exceptions import WebSocketException
 
 PYPI = ["concurrent-log-handler", "loguru"]
-NPM = ["winston", "winston-daily-rotate-file", "pino", "pino-roll", "rotating-file-stream", "log4js"]
+NPM = [
+    "winston",
+    "winston-daily-rotate-file",
+    "pino",
+    "pino-roll",
+    "rotating-file-stream",
+    "log4js",
+]
 WAYS = ("kill", "stop", "blind")
 LASTS = {"kill": 10.0, "stop": 8.0, "blind": 11.0}  # seconds of writing
 PACE = 200  # times a second, 2 lines each
@@ -64,7 +71,11 @@ class Writing:
     def writer(self) -> subprocess.Popen[bytes]:
         paths = str(self.place.tools / "pip")
         command = ["env", f"PYTHONPATH={paths}", *map(str, self.setup.writer(self.place))]
-        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "bufsize": 0}
+        options: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.DEVNULL,
+            "bufsize": 0,
+        }
         with open(self.place.folder / "writer", "ab") as errors:
             return subprocess.Popen(command, stderr=errors, cwd=self.place.logs, **options)
 
@@ -127,7 +138,7 @@ def unpacked(path: Path) -> bytes:
 
 
 class Visitor:
-    """A JSON viewer through all its connections: one after the other, each with the cursor of the one before."""
+    """A JSON viewer through all its connections, each with the cursor of the one before."""
 
     def __init__(self, visit_s: float | None) -> None:
         self.visit_s = visit_s
@@ -162,7 +173,9 @@ class Visitor:
             self.tries = 0
             self.visits.append(frames)
             with contextlib.suppress(StopIteration):
-                self.cursor = next(str(frame["cursor"]) for frame in reversed(frames) if "cursor" in frame)
+                self.cursor = next(
+                    str(frame["cursor"]) for frame in reversed(frames) if "cursor" in frame
+                )
 
     def ahead(self, frames: list[dict[str, Any]]) -> bool:
         """Is it refused as ahead? Like the page, it tries again before it takes that for a gap."""
@@ -266,8 +279,10 @@ def around(places: dict[int, int], first: int, last: int) -> tuple[int, int]:
 
 
 def judge(setup: SetUp, got: Came, count: int, disk: set[int]) -> dict[str, int]:
-    """How many lines are missing, by whether that was told and whether they are on disk; how many came twice."""
-    found = dict.fromkeys(("lost", "lost on disk", "told", "told on disk", "at the cut", "repeated", "false"), 0)
+    """How many lines are missing, told or not, on disk or gone; how many came twice."""
+    found = dict.fromkeys(
+        ("lost", "lost on disk", "told", "told on disk", "at the cut", "repeated", "false"), 0
+    )
     found["repeated"] = got.repeated
     missing = list(runs([number for number in range(count) if number not in got.places]))
     gaps = [around(got.places, *run) for run in missing]
@@ -305,11 +320,15 @@ def settled(watching: Watching, count: int, seconds: float) -> None:
     seen: tuple[int, ...] = ()
     quiet = time.monotonic()
     while time.monotonic() < deadline:
-        sizes = tuple(len(viewer.frames()) for viewer in (watching.always, watching.returning, watching.plain))
+        sizes = tuple(
+            len(viewer.frames()) for viewer in (watching.always, watching.returning, watching.plain)
+        )
         if sizes != seen:
             seen, quiet = sizes, time.monotonic()
         ended = time.monotonic() - quiet
-        if ended > 0.8 and all(last.decode() in str(it.frames()[-4:]) for it in (watching.always, watching.returning)):
+        if ended > 0.8 and all(
+            last.decode() in str(it.frames()[-4:]) for it in (watching.always, watching.returning)
+        ):
             return
         time.sleep(0.1)
 
@@ -334,12 +353,16 @@ def play(setup: SetUp, way: str, folder: Path, tools: Path) -> dict[str, str]:
     prefix = NO_INOTIFY if way == "blind" else ()
 
     def start() -> Server:
-        return Server(place.log, "--rate-limit", 0, folder=Path(servers), port=port, prefix=prefix, dev=False)
+        return Server(
+            place.log, "--rate-limit", 0, folder=Path(servers), port=port, prefix=prefix, dev=False
+        )
 
     server = start()
     watching = Watching(server)
     watching.start()
-    eventually(lambda: watching.always.frames() and watching.returning.frames() and watching.plain.viewers)
+    eventually(
+        lambda: watching.always.frames() and watching.returning.frames() and watching.plain.viewers
+    )
     writing = Writing(setup, place)
     begun, lasts = time.monotonic(), LASTS[way]
     time.sleep(lasts * 0.45)
@@ -362,10 +385,14 @@ def described(setup: SetUp, way: str, got: Came, count: int, disk: set[int]) -> 
     words = verdict(setup, way, judge(setup, got, count, disk))
     missing = runs([number for number in range(count) if number not in got.places])
     spans = [f"{first}-{last}" for first, last in missing]
-    return words + (f" ({' '.join(spans[:4])}{' …' if len(spans) > 4 else ''} of {count})" if spans else "")
+    return words + (
+        f" ({' '.join(spans[:4])}{' …' if len(spans) > 4 else ''} of {count})" if spans else ""
+    )
 
 
-def results_of(setup: SetUp, way: str, watching: Watching, count: int, disk: set[int]) -> dict[str, str]:
+def results_of(
+    setup: SetUp, way: str, watching: Watching, count: int, disk: set[int]
+) -> dict[str, str]:
     results = {}
     if len(disk) < count // 3 and setup.keeps:
         results["rig"] = f"WRONG: only {len(disk)} of {count} lines are on disk"
@@ -395,13 +422,26 @@ def plain_verdict(setup: SetUp, plain: Plain, other: Came) -> str:
 def install(tools: Path) -> None:
     """What pip, npm and javac bring; what they cannot bring, the set-ups will miss."""
     tools.mkdir(parents=True, exist_ok=True)
-    commands = {"pip": [sys.executable, "-m", "pip", "install", "-q", "--target", tools / "pip", *PYPI]}
-    commands["npm"] = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", tools / "npm", *NPM]
+    commands = {
+        "pip": [sys.executable, "-m", "pip", "install", "-q", "--target", tools / "pip", *PYPI]
+    }
+    commands["npm"] = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        tools / "npm",
+        *NPM,
+    ]
     jars = f"{JARS}/slf4j-api.jar:{JARS}/log4j-api.jar"
     commands["java"] = ["javac", "-cp", jars, "-d", tools / "java", WRITERS / "Writer.java"]
     for name, command in commands.items():
         if not (tools / name).exists() and shutil.which(str(command[0])):
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+            subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300
+            )
 
 
 def run_one(name: str, way: str, tools: Path) -> dict[str, str]:
@@ -426,7 +466,9 @@ def report(name: str, way: str, results: dict[str, str]) -> bool:
     """One row; is anything wrong in it?"""
     wrong = any(text.startswith("WRONG") for text in results.values())
     words = (
-        sorted(set(results.values())) if len(set(results.values())) == 1 else [f"{k} {v}" for k, v in results.items()]
+        sorted(set(results.values()))
+        if len(set(results.values())) == 1
+        else [f"{k} {v}" for k, v in results.items()]
     )
     print(f"{'!' if wrong else ' '} {name:30} {way:6} {'; '.join(words)}", flush=True)
     return wrong
@@ -438,7 +480,9 @@ def run_all(names: list[str], ways: list[str], jobs: int, tools: Path) -> int:
     runs = [(name, way) for name in names if not missing[name] for way in ways]
     wrong = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for (name, way), results in zip(runs, pool.map(lambda run: run_one(*run, tools), runs), strict=True):
+        for (name, way), results in zip(
+            runs, pool.map(lambda run: run_one(*run, tools), runs), strict=True
+        ):
             wrong += report(name, way, results)
     for name, need in missing.items():
         if need:
@@ -451,13 +495,17 @@ def main() -> int:
     if sys.argv[1:2] == ["--single"]:
         return single(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
     parser = argparse.ArgumentParser(description="Drive real programs that rotate a log.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="set-ups whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="set-ups whose name contains one of these"
+    )
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--tools", type=Path, help="a folder that keeps what pip and npm brought")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    names = [name for name in SETUPS if not options.only or any(part in name for part in options.only)]
+    names = [
+        name for name in SETUPS if not options.only or any(part in name for part in options.only)
+    ]
     if options.list:
         print("\n".join(names))
         return 0

@@ -1,4 +1,4 @@
-"""After a cut or a rewrite the stream goes on at the start of a line, with all that is new and nothing twice."""
+"""A cut or rewritten log goes on at the start of a line, with all that is new and nothing twice."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import NO_INOTIFY, add, append, lines
+from harness import NO_INOTIFY, add, append, lines
 
 PROVED = 4096  # the first and the last bytes that were sent, by which a change is found
 CUT = {"truncated", "rewritten"}  # which one it is, depends on when the server looks
@@ -14,7 +14,9 @@ CUT = {"truncated", "rewritten"}  # which one it is, depends on when the server 
 
 def numbered(tag, count, width=64, start=0):
     """Lines that all begin alike, each of `width` bytes."""
-    entries = (f"[2025-12-17T17:40:37Z] {tag} {number:05} " for number in range(start, start + count))
+    entries = (
+        f"[2025-12-17T17:40:37Z] {tag} {number:05} " for number in range(start, start + count)
+    )
     return "".join(entry.ljust(width - 1, ".") + "\n" for entry in entries)
 
 
@@ -57,7 +59,9 @@ WAYS = pytest.mark.parametrize("how", ["live", "away", "polling"])
 
 
 @WAYS
-@pytest.mark.parametrize(("old", "new"), [(200, 180), (200, 200), (1000, 1050), (1000, 30), (30, 1000)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(200, 180), (200, 200), (1000, 1050), (1000, 30), (30, 1000)]
+)
 def test_a_log_replaced_in_place_is_sent_from_its_first_line(old, new, how, serve, view, log):
     server, viewer = start(serve, view, log, how, numbered("OLD", old))
 
@@ -94,7 +98,9 @@ SMALL = [
 
 @WAYS
 @pytest.mark.parametrize(("old", "new", "reason"), SMALL)
-def test_the_first_line_of_a_small_log_that_is_emptied_comes_whole(old, new, reason, how, serve, view, log):
+def test_the_first_line_of_a_small_log_that_is_emptied_comes_whole(
+    old, new, reason, how, serve, view, log
+):
     server, viewer = start(serve, view, log, how, old)
 
     with away(server, how):
@@ -261,7 +267,9 @@ def test_a_slow_viewer_behind_two_cuts_gets_all_of_the_present_file(same, serve,
 
     slow.joined()
     assert slow.text.endswith(f"\n{same}third life: third\n{last}")
-    assert quick.text.endswith(f"{same}second life: second\n{same}third life: third\n{last}") or same.endswith("\n")
+    assert quick.text.endswith(
+        f"{same}second life: second\n{same}third life: third\n{last}"
+    ) or same.endswith("\n")
 
 
 def test_a_cursor_of_a_file_that_was_cut_twice_is_refused_or_right(serve, view, log):

@@ -1,4 +1,4 @@
-"""Reads, stats and opens that fail, end neither the server nor a viewer; nothing is held longer than it is needed."""
+"""Calls that fail end neither the server nor a viewer; nothing is held longer than needed."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browsers import unavailable
-from conftest import Server, Viewer, add, append, eventually, lines, shift
+from harness import Server, Viewer, add, append, eventually, lines, shift
 
 FIRST = lines(20)
 SHIM = Path(__file__).resolve().parent / "writers" / "shim.c"
@@ -34,14 +34,22 @@ class Faults:
     def __init__(self, serve, log, shim, folder, *options):
         self.control = folder / "control"
         self.nothing()
-        variables = {"SHIM_CONTROL": str(self.control), "SHIM_FOLDER": str(log.parent), "LD_PRELOAD": str(shim)}
-        self.server = serve(log, "--initial", 131072, "--interval", 0.3, *options, env=variables, dev=False)
+        variables = {
+            "SHIM_CONTROL": str(self.control),
+            "SHIM_FOLDER": str(log.parent),
+            "LD_PRELOAD": str(shim),
+        }
+        self.server = serve(
+            log, "--initial", 131072, "--interval", 0.3, *options, env=variables, dev=False
+        )
 
     def happen(self, reads=0, of=errno.EIO, short=0, opens=0, because=errno.ENFILE, stats=0):
         """Of 1000 calls so many."""
         new = self.control.with_name("new")
         new.write_text(f"{reads} {int(of)} {short} {opens} {int(because)} {stats}\n".ljust(100))
-        self.control.write_bytes(new.read_bytes()) if self.control.exists() else new.rename(self.control)
+        self.control.write_bytes(new.read_bytes()) if self.control.exists() else new.rename(
+            self.control
+        )
 
     def nothing(self):
         self.happen()
@@ -188,7 +196,9 @@ def mounted(tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
-    process = subprocess.Popen(["bindfs", "-f", "-o", "direct_io", outside, inside], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        ["bindfs", "-f", "-o", "direct_io", outside, inside], stderr=subprocess.PIPE
+    )
     try:
         eventually(lambda: os.path.ismount(inside) or process.poll() is not None)
         if process.poll() is not None:
@@ -341,8 +351,19 @@ def test_a_rotated_file_is_read_as_long_as_it_grows_and_that_is_told(later):
 @pytest.mark.slow
 def test_a_viewer_that_lags_keeps_no_file_that_others_need_for_more_than_a_minute(serve, view, log):
     append(log, FIRST)
-    server = serve(log, "--initial", 131072, "--interval", 0.3, dev=False, prefix=("prlimit", "--nofile=100:100"))
-    quick, slow = view(server, json=True).wait(FIRST), view(server, json=True, pace=2000, receive_buffer=4096)
+    server = serve(
+        log,
+        "--initial",
+        131072,
+        "--interval",
+        0.3,
+        dev=False,
+        prefix=("prlimit", "--nofile=100:100"),
+    )
+    quick, slow = (
+        view(server, json=True).wait(FIRST),
+        view(server, json=True, pace=2000, receive_buffer=4096),
+    )
     slow.wait(FIRST)
     written = append(log, lines(50_000, 20)).decode()
     quick.wait(written[-60:], 20)
@@ -381,7 +402,11 @@ def test_a_log_that_has_no_name_left_is_told(serve, view, log):
     [("utf-16", "UTF-16"), ("latin-1", "not UTF-8"), ("cp1251", "not UTF-8"), ("gbk", "not UTF-8")],
 )
 def test_a_log_that_is_not_utf_8_is_told(encoding, word, serve, view, log):
-    text = {"latin-1": "Prüfung läuft: Größe geändert\n", "cp1251": "Проверка базы данных\n", "gbk": "数据库检查完成\n"}
+    text = {
+        "latin-1": "Prüfung läuft: Größe geändert\n",
+        "cp1251": "Проверка базы данных\n",
+        "gbk": "数据库检查完成\n",
+    }
     log.write_bytes((text.get(encoding, "entry\n") * 50).encode(encoding))
     viewer = view(serve(log, "--interval", 0.3), json=True)
 

@@ -1,4 +1,4 @@
-"""Which file comes after which is decided by evidence, not by names; where nobody can know, the gap is told."""
+"""Which file follows which is decided by evidence, not by names; what nobody can know is told."""
 
 import bz2
 import contextlib
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NO_INOTIFY, add, append, lines, pack, shift
+from harness import NO_INOTIFY, add, append, lines, pack, shift
 
 FIRST = lines(20)
 NO_OVERRIDE = () if os.getuid() else ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
@@ -68,8 +68,17 @@ def rename_to(log, name, tag, count=10):
 ORDERS = {
     "numbers that rise": ["log.1", "log.2", "log.3", "log.4"],
     "an index behind a date, past ten": [f"log.2026-11-27.{number}" for number in range(13)],
-    "a clock that is set back": ["log-20261127-120000", "log-20261127-130000", "log-20261127-110000"],
-    "days first, over the end of a month": ["log-30102026", "log-31102026", "log-01112026", "log-02112026"],
+    "a clock that is set back": [
+        "log-20261127-120000",
+        "log-20261127-130000",
+        "log-20261127-110000",
+    ],
+    "days first, over the end of a month": [
+        "log-30102026",
+        "log-31102026",
+        "log-01112026",
+        "log-02112026",
+    ],
     "names that nobody has heard of": ["aside", "log.saved.by.hand", "@4000000069a1.s"],
     "numbers, then dates": ["log.1", "log-20261127", "log.2"],
 }
@@ -174,7 +183,10 @@ NAMES = {
 BEFORE_EXTENSION = {
     "number before the extension": ["app.2.log", "app.1.log"],
     "date before the extension": ["app-2026-11-26.log", "app-2026-11-27.log"],
-    "time before the extension": ["app-2026-11-26T10-00-00.000.log", "app-2026-11-26T10-00-01.000.log"],
+    "time before the extension": [
+        "app-2026-11-26T10-00-00.000.log",
+        "app-2026-11-26T10-00-01.000.log",
+    ],
     "date and index before the extension": ["app-2026-11-27-9.log", "app-2026-11-27-10.log"],
 }
 
@@ -193,7 +205,9 @@ def rotated_to(log, names, packed):
 
 
 @pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize("names", [*NAMES.values(), *BEFORE_EXTENSION.values()], ids=[*NAMES, *BEFORE_EXTENSION])
+@pytest.mark.parametrize(
+    "names", [*NAMES.values(), *BEFORE_EXTENSION.values()], ids=[*NAMES, *BEFORE_EXTENSION]
+)
 def test_a_restart_goes_on_through_rotated_files_named(names, packed, serve, view, tmp_path):
     log = tmp_path / ("app.log" if names[0].startswith("app") else "log")
     server, viewer = start(serve, view, log)
@@ -209,7 +223,9 @@ def test_a_restart_goes_on_through_rotated_files_named(names, packed, serve, vie
 
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize("name", ["number", "date and index", "time before the extension"])
-def test_without_file_events_listed_names_tell_what_lay_between(name, packed, serve, view, tmp_path):
+def test_without_file_events_listed_names_tell_what_lay_between(
+    name, packed, serve, view, tmp_path
+):
     names = (NAMES | BEFORE_EXTENSION)[name]
     log = tmp_path / ("app.log" if names[0].startswith("app") else "log")
     server, viewer = start(serve, view, log, "polling")
@@ -222,7 +238,9 @@ def test_without_file_events_listed_names_tell_what_lay_between(name, packed, se
 
 
 @pytest.mark.parametrize("how", ["away", "polling"])
-def test_packed_files_that_are_a_little_older_than_the_last_line_are_no_old_copies(how, serve, view, log):
+def test_packed_files_that_are_a_little_older_than_the_last_line_are_no_old_copies(
+    how, serve, view, log
+):
     server, viewer = start(serve, view, log, how)
     written = FIRST
 
@@ -282,7 +300,13 @@ def too_large(path):
             packed.write(bytes(2**20))
 
 
-MISSING = [broken, packed_unknown, unreadable, Path.unlink, pytest.param(too_large, marks=pytest.mark.slow)]
+MISSING = [
+    broken,
+    packed_unknown,
+    unreadable,
+    Path.unlink,
+    pytest.param(too_large, marks=pytest.mark.slow),
+]
 
 
 def chain(log, tags="bcd"):
@@ -304,7 +328,11 @@ def test_a_file_missing_in_the_chain_is_told_where_it_is_missing(spoil, serve, v
     spoil(Path(f"{log}.2"))
     resumed = view(serve(log, prefix=NO_OVERRIDE), json=True, since=viewer.cursor).wait(last, 60)
 
-    assert resumed.frames[0]["resumed"] and resumed.text == rest + kept + last and lost not in resumed.text
+    assert (
+        resumed.frames[0]["resumed"]
+        and resumed.text == rest + kept + last
+        and lost not in resumed.text
+    )
     behind = [frame for frame in resumed.frames if frame["type"] == "generation"]
     assert [bool(frame["gap"]) for frame in behind] == [True, False]
 
@@ -326,14 +354,19 @@ def test_no_room_to_unpack_is_a_told_gap(serve, view, log):
 @pytest.mark.parametrize("how", ["away", "polling"])
 @pytest.mark.parametrize("spoil", [broken, packed_unknown, unreadable, Path.unlink])
 def test_a_file_missing_between_two_looks_is_told(spoil, how, serve, view, log):
-    server, viewer = start(serve, view, log, how, prefix=(*NO_OVERRIDE, *(NO_INOTIFY if how == "polling" else ())))
+    server, viewer = start(
+        serve, view, log, how, prefix=(*NO_OVERRIDE, *(NO_INOTIFY if how == "polling" else ()))
+    )
 
     with server.looking_away():
         rest, lost, kept, last = chain(log)
         spoil(Path(f"{log}.2"))
     viewer.wait(last)
 
-    known = how == "away" and spoil in (packed_unknown, unreadable)  # by its events, and root may open it
+    known = how == "away" and spoil in (
+        packed_unknown,
+        unreadable,
+    )  # by its events, and root may open it
     if not (known and lost in viewer.text):
         assert viewer.text == FIRST + rest + kept + last
         assert len(gaps(viewer)) == 1
@@ -396,7 +429,10 @@ def test_a_cursor_older_than_all_that_is_kept_is_not_ahead(serve, view, log):
     Path(f"{log}.60").unlink(missing_ok=True)
     resumed = view(serve(log), json=True, since=viewer.cursor).wait(lambda it: it.frames)
 
-    assert resumed.frames[0]["resumed"] is False and resumed.frames[0]["reason"] in ("gone", "changed")
+    assert resumed.frames[0]["resumed"] is False and resumed.frames[0]["reason"] in (
+        "gone",
+        "changed",
+    )
 
 
 # a cursor is worth all that was sent
@@ -445,7 +481,9 @@ def test_a_log_that_never_appears_does_not_reset_a_cursor(serve, view, log):
 
 @pytest.mark.parametrize("how", ["away", "polling"])
 @pytest.mark.parametrize("begun", ["missing", "empty"])
-def test_a_log_that_appears_and_is_rotated_before_a_look_is_read_from_its_beginning(begun, how, serve, view, log):
+def test_a_log_that_appears_and_is_rotated_before_a_look_is_read_from_its_beginning(
+    begun, how, serve, view, log
+):
     if begun == "empty":
         log.touch()
     server = serve(log, "--interval", 0.3, prefix=NO_INOTIFY if how == "polling" else ())
@@ -463,7 +501,9 @@ def test_a_log_that_appears_and_is_rotated_before_a_look_is_read_from_its_beginn
 
 
 @pytest.mark.parametrize("how", ["away", "polling"])
-def test_an_empty_log_that_is_copied_and_truncated_before_a_look_is_read_from_the_copy(how, serve, view, log):
+def test_an_empty_log_that_is_copied_and_truncated_before_a_look_is_read_from_the_copy(
+    how, serve, view, log
+):
     log.touch()
     server = serve(log, "--interval", 0.3, prefix=NO_INOTIFY if how == "polling" else ())
     viewer = view(server, json=True).wait(lambda it: it.frames)
