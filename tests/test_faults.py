@@ -10,49 +10,17 @@ from pathlib import Path
 
 import pytest
 from browsers import unavailable
+from faults import Faults, build_shim
 from harness import Server, Viewer, add, append, eventually, lines, shift
 
 FIRST = lines(20)
-SHIM = Path(__file__).resolve().parent / "writers" / "shim.c"
 LAG = 36  # seconds: what was rotated is read for 30
 
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory):
     """A library that lets system calls fail."""
-    compiler = shutil.which("cc")
-    if not compiler:
-        unavailable("cc is not installed")
-    library = tmp_path_factory.mktemp("shim") / "shim.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SHIM, "-ldl"], check=True)
-    return library
-
-
-class Faults:
-    """A server under the shim, and what fails of its calls from now on."""
-
-    def __init__(self, serve, log, shim, folder, *options):
-        self.control = folder / "control"
-        self.nothing()
-        variables = {
-            "SHIM_CONTROL": str(self.control),
-            "SHIM_FOLDER": str(log.parent),
-            "LD_PRELOAD": str(shim),
-        }
-        self.server = serve(
-            log, "--initial", 131072, "--interval", 0.3, *options, env=variables, dev=False
-        )
-
-    def happen(self, reads=0, of=errno.EIO, short=0, opens=0, because=errno.ENFILE, stats=0):
-        """Of 1000 calls so many."""
-        new = self.control.with_name("new")
-        new.write_text(f"{reads} {int(of)} {short} {opens} {int(because)} {stats}\n".ljust(100))
-        self.control.write_bytes(new.read_bytes()) if self.control.exists() else new.rename(
-            self.control
-        )
-
-    def nothing(self):
-        self.happen()
+    return build_shim(tmp_path_factory.mktemp("shim")) or unavailable("cc is not installed")
 
 
 @pytest.fixture
@@ -63,7 +31,11 @@ def log(tmp_path):
 
 @pytest.fixture
 def faults(serve, log, shim, tmp_path_factory):
-    return Faults(serve, log, shim, tmp_path_factory.mktemp("faults"))
+    """Faults, and a server that has them."""
+    faults = Faults(shim, log.parent, tmp_path_factory.mktemp("faults") / "control")
+    options = ("--initial", 131072, "--interval", 0.3)
+    faults.server = serve(log, *options, env=faults.variables, dev=False)
+    return faults
 
 
 def start(faults, view, log):

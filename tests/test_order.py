@@ -168,6 +168,24 @@ def test_a_link_and_an_unlink_are_a_rotation_too(how, serve, view, log):
     assert gaps(viewer) == []
 
 
+@pytest.mark.parametrize("how", ["live", "away"])
+def test_a_log_moved_away_and_back_then_copied_and_cut_is_sent_once(how, serve, view, log):
+    server, viewer = start(serve, view, log)
+
+    with away(server, how):
+        written = add(log, "a")
+        os.rename(log, f"{log}.1")
+        os.rename(f"{log}.1", log)
+        shutil.copy(log, f"{log}.1")
+        os.truncate(log, 0)
+        written += add(log, "b")
+        shift(log)
+        written += add(log, "c")
+
+    assert finished(viewer, log) == FIRST + written
+    assert gaps(viewer) == []
+
+
 # listed names, over a restart and without file events
 
 
