@@ -1,11 +1,14 @@
 """Some hundred random steps, one equation.
 
-Joined, what a viewer got is what was written, or a seam stands there.
+Joined, what a viewer got is what was written, or a seam stands there: a gap that is told, a hole, a
+cut, a refused cursor.
 
 python3 tests/test_random.py FIRST [LAST]    repeats a seed, or tries many
 """
 
 import contextlib
+import errno
+import gzip
 import itertools
 import math
 import os
@@ -18,12 +21,11 @@ import traceback
 from pathlib import Path
 
 import pytest
+from faults import Faults, build_shim
 from harness import Server, Viewer, append, eventually, free_port, pack, shift
 
 STEPS = 150
-PROVED = (
-    4096  # bytes before the end of what was sent: after a cut, they tell where the stream goes on
-)
+PROVED = 4096  # first and last bytes of what was sent: they tell where the stream goes on
 ODD = [
     word.encode()
     for word in ("a", "b ", "é", "✅", "😀", "\u2028", "\r", "\0.", "\x1b[0m", "\ufeff", "\t")
@@ -39,16 +41,21 @@ class Life:
         self.data = bytearray(parent.data[:kept] if parent else b"")
         self.sent = 0  # so much had the server published for sure
         self.gone = math.inf  # from here on no file has it any more
+        self.trimmed = 0  # so many bytes are the end of what its parent had
+        self.cut_off = False  # it ended where it was cut or rewritten in its place
+        self.hidden = False  # its file has a name that counts only with file events
 
     def __repr__(self):
         return f"life {self.number} of {len(self.data)} bytes"
 
     def shared(self):
-        return (
-            len(os.path.commonprefix([bytes(self.data), bytes(self.parent.data)]))
-            if self.parent
-            else 0
-        )
+        """How many bytes it has in common with its parent."""
+        if not self.parent:
+            return 0
+        return len(os.path.commonprefix([bytes(self.data), bytes(self.parent.data)]))
+
+    def line_start(self, at):
+        return self.data.rfind(b"\n", 0, at) + 1
 
     def says(self, start, end, text):
         return end <= len(self.data) and self.data[start:end].decode(errors="replace") == text
@@ -59,12 +66,11 @@ class Reading:
 
     def __init__(self, lives, life, start):
         self.lives, self.first, self.start = lives, life, start
-        self.current, self.entered = (
-            life,
-            None,
-        )  # a new generation has no life until its first bytes come
+        self.current, self.entered = life, None  # a new generation has no life until bytes come
         self.names, self.leapt = {}, False
+        self.reasons, self.told = set(), False  # since the last bytes of the current life
         self.parts = {life: [(start, start, "")]}
+        self.gaps = []  # (life, next life) between which it was told that lines may be missing
 
     def position(self, life):
         return self.parts[life][-1][1] if life in self.parts else None
@@ -73,6 +79,8 @@ class Reading:
         if frame["type"] == "generation":
             self.names[frame["generation"]] = None
             self.entered, self.leapt = frame["start"], False
+            self.reasons.add(frame["reason"])
+            self.told |= frame["gap"] is not None
         elif frame["type"] == "skip" and frame["end"] > frame["start"]:
             self.skip(frame["start"], frame["end"])
         elif frame.get("text"):
@@ -82,7 +90,7 @@ class Reading:
         if self.entered is None:
             return self.add(self.current, start, end, None)
         assert self.entered == start
-        self.entered, self.leapt = end, True
+        self.entered, self.leapt, self.told = end, True, True
 
     def life_of(self, frame):
         """Whose bytes these are, at the place where the reading has to go on."""
@@ -99,8 +107,21 @@ class Reading:
             joining, key=lambda life: (life.number < self.current.number, life.number)
         )
         if life.number > self.current.number:
-            self.current, self.entered = life, None
+            self.enter(life)
         return life
+
+    def enter(self, life):
+        """Nothing is passed over without a word."""
+        if self.told:
+            self.gaps.append((self.current.number, life.number))
+        for passed in self.lives[self.current.number + 1 : life.number]:
+            cut = passed.cut_off and self.reasons & {"truncated", "rewritten"}
+            silent = list(self.missing(passed, life)) and not self.told and not cut
+            assert not silent, f"{passed} is passed over without a word before {life}, in {self}"
+        self.current, self.entered, self.reasons, self.told = life, None, set(), False
+
+    def is_told(self, life):
+        return any(first <= life.number <= last for first, last in self.gaps)
 
     def says(self, frame):
         return [
@@ -110,12 +131,11 @@ class Reading:
     def joins(self, life, start):
         if life in self.parts:
             return self.position(life) == start
-        if life.number < self.current.number:
-            return (
-                life.number < self.first.number
-            )  # written late to a file that was rotated before we came
+        if life.number < self.current.number:  # written late to a file rotated before we came
+            return life.number < self.first.number
         if self.entered is not None:
-            return self.entered == start and (self.leapt or start <= life.shared())
+            known = max(life.shared(), life.trimmed)
+            return self.entered == start and (self.leapt or start <= known)
         return self.position(self.current) == start <= life.shared()  # it was cut behind this place
 
     def add(self, life, start, end, text):
@@ -125,7 +145,7 @@ class Reading:
 
     def covered(self, life):
         """The stretches of a life that came, by its name or as what it shares with another one."""
-        own = self.got(life)
+        own = self.got(life) + [(0, life.trimmed)]
         while life.parent and life is not self.first:
             shared, life = life.shared(), life.parent
             own += [(start, min(end, shared)) for start, end in self.got(life) if start < shared]
@@ -134,50 +154,54 @@ class Reading:
     def inherited(self, life):
         """What came of a life as the beginning of a later one."""
         heirs = [each for each in self.lives if each.parent is life]
-        return [
-            (a, min(b, heir.shared()))
-            for heir in heirs
-            for a, b in self.got(heir) + self.inherited(heir)
-        ]
+        stretches = [(heir, self.got(heir) + self.inherited(heir)) for heir in heirs]
+        return [(a, min(b, heir.shared())) for heir, spans in stretches for a, b in spans]
 
     def got(self, life):
         before = [(0, self.start)] if life is self.first else []
-        return before + [
-            (start, end) for start, end, text in self.parts.get(life, []) if text is not None
-        ]
+        parts = self.parts.get(life, [])
+        return before + [(start, end) for start, end, text in parts if text is not None]
 
-    def missing(self, life):
-        at = 0
-        for start, end in sorted(self.covered(life) + self.inherited(life)):
+    def missing(self, life, following=None):
+        """What never came of a life, nor comes as the beginning of the following one."""
+        at, heir = 0, following and following.parent is life
+        own = [(0, following.shared())] if heir else []
+        for start, end in sorted(self.covered(life) + self.inherited(life) + own):
             if start > at:
                 yield at, start
             at = max(at, end)
         if at < len(life.data):
             yield at, len(life.data)
 
-    def check(self, last, refused=False):
-        """Up to the last life: nothing is missing that is still there, nothing came twice.
+    def check(self, last, doubt, refused=False):
+        """Nothing is missing, up to the last life, that is still there; nothing came twice.
 
-        The characters are whole.
-
-        Where a cursor was refused, a seam says that what came after it may be missing.
+        Where a cursor was refused, a seam says that what came after it may be missing; where there
+        is doubt, or a name tells nothing over a restart, a gap does.
         """
         for life in self.lives[self.first.number : last.number + 1]:
             told = self.position(life) if refused and life in self.parts else math.inf
+            if self.is_told(life) and (doubt or life.hidden):
+                told = 0
             for start, end in self.missing(life):
-                assert start >= min(life.gone, told), (
-                    f"{start} to {end} of {life} never came, in {self}"
-                )
-            joined = "".join(text for _, _, text in self.parts.get(life, []) if text)
-            spans = [(start, end) for start, end, text in self.parts.get(life, []) if text]
-            assert joined == b"".join(bytes(life.data[slice(*span)]) for span in spans).decode(
-                errors="replace"
-            )
-            if life.kept and life is not self.first and spans and self.parts.get(life.parent):
-                sent = self.position(life.parent)
-                assert spans[0][0] >= min(life.kept, sent) - 3, (
-                    f"{life} again from {spans[0][0]}, {life.kept} was kept"
-                )
+                message = f"{start} to {end} of {life} never came, in {self}"
+                assert start >= min(life.gone, told), message
+            self.check_text(life)
+
+    def check_text(self, life):
+        """Whole characters; and after a cut no more again than the line in which it lies."""
+        spans = [(start, end) for start, end, text in self.parts.get(life, []) if text]
+        joined = "".join(text for _, _, text in self.parts.get(life, []) if text)
+        expected = b"".join(bytes(life.data[slice(*span)]) for span in spans)
+        assert joined == expected.decode(errors="replace")
+        if not spans or life is self.first or not self.parts.get(life.parent):
+            return
+        if life.trimmed:
+            again = f"{life} begins at {spans[0][0]}, {life.trimmed} bytes of it were sent before"
+            assert spans[0][0] >= life.trimmed or self.is_told(life), again
+        if life.kept > PROVED:  # else the first 4 KiB are no longer what was sent
+            kept = life.line_start(min(life.kept, self.position(life.parent)))
+            assert spans[0][0] >= kept, f"{life} again from {spans[0][0]}, {life.kept} was kept"
 
     def __repr__(self):
         places = [
@@ -185,6 +209,13 @@ class Reading:
         ]
         now = f"now in {self.current} ({self.entered})"
         return f"reading from {self.start} of {self.first}, {now}: {places[-9:]}"
+
+
+def make_room(log):
+    """log.1 becomes log.2 and so on; the log stays."""
+    for number, packed in itertools.product(range(63, 0, -1), ("", ".gz")):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{log}.{number}{packed}", f"{log}.{number + 1}{packed}")
 
 
 class Eye:
@@ -224,18 +255,18 @@ class Eye:
                 reading = self.begin(reading, frames[0], life)
             for frame in frames:
                 reading.take(frame)
-        reading.check(self.scene.life)
+        reading.check(self.scene.life, self.scene.doubt)
 
     def begin(self, reading, snapshot, life):
         """A snapshot that goes on nowhere: the first, or one for a cursor whose bytes are gone."""
         if reading:
             places = [(each, parts[-1][1]) for each, parts in reading.parts.items()]
-            places = [place for place in places if place[0].number >= reading.current.number - 1]
+            places = [each for each in places if each[0].number >= reading.current.number - 1]
+            lost = any(each.hidden or each.gone < at for each, at in places)
             refused = f"refused: {snapshot['reason']}, {reading}"
-            assert snapshot["reason"] in ("ahead", "changed") and any(
-                each.gone < at for each, at in places
-            ), refused
-            reading.check(reading.current, refused=True)
+            assert snapshot["reason"] in ("ahead", "changed", "gone"), refused
+            assert lost or self.scene.doubt, refused
+            reading.check(reading.current, self.scene.doubt, refused=True)
         return Reading(self.scene.lives, life, snapshot["start"])
 
 
@@ -244,12 +275,15 @@ class Scene:
 
     def __init__(self, seed, folder):
         self.dice = random.Random(seed)
-        self.log, self.folder = folder / "log", folder
+        self.doubts = seed % 3 == 0  # clocks are set, and calls fail: lines may be told as missing
+        self.doubt, self.faults = False, None
+        self.log, self.folder = folder / "logs" / "log", folder / "logs"
+        self.folder.mkdir()
+        if self.doubts and (shim := build_shim(folder)):
+            self.faults = Faults(shim, self.folder, folder / "control")
         self.port, self.server = free_port(), None
         self.lives, self.count = [Life(0)], itertools.count()
-        self.late = (
-            None  # the life that was renamed last, as long as something may be written to it
-        )
+        self.late = None  # the life that was renamed last, if something may be written to it
         self.open_line = self.unnoticed = self.down = False
         self.plain, self.eyes, self.away = [], [], []
         self.done = []
@@ -288,6 +322,7 @@ class Scene:
     # rotating
 
     def begin_life(self, kept=0, parent=None):
+        self.life.cut_off = parent is not None
         self.lives.append(Life(len(self.lives), parent, kept))
         self.open_line = bool(kept) and self.life.data[-1:] != b"\n"
         self.late = None
@@ -313,8 +348,7 @@ class Scene:
 
     def copytruncate(self):
         self.round_off()
-        shift(self.log)
-        os.rename(f"{self.log}.1", self.log)
+        make_room(self.log)
         shutil.copy(self.log, f"{self.log}.1")
         os.truncate(self.log, 0)
         self.begin_life()
@@ -360,6 +394,61 @@ class Scene:
             if not life.kept:
                 break
 
+    def rename_aside(self):
+        """To a name that counts as long as there are file events, and tells nothing later."""
+        self.round_off()
+        self.life.hidden = True
+        self.log.rename(self.folder / f"aside {len(self.lives)}")
+        self.begin_life()
+        if self.dice.random() < 0.7:
+            self.append()
+
+    def rename_empty(self):
+        """And the empty file after it."""
+        self.round_off()
+        for _ in range(2):
+            shift(self.log)
+            self.begin_life()
+            self.log.touch()
+
+    def lose_rotated(self):
+        """Somebody deletes a rotated file, of those that are no longer read."""
+        names = [*self.folder.glob("log.*[0-9]"), *self.folder.glob("log.*.gz")]
+        path = self.dice.choice(sorted(names) or [None])
+        if path is None or path.name in ("log.1", "log.1.gz"):
+            return
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            content = file.read()
+        path.unlink()
+        for life in self.lives:
+            if content.startswith(bytes(life.data)):
+                life.gone = 0
+
+    def set_clock_back(self):
+        """Or forward: the times of change no longer say what the names say."""
+        names = [*self.folder.glob("log.*[0-9]"), *self.folder.glob("log.*.gz"), self.log]
+        for path in self.dice.sample(names, min(2, len(names))):
+            if path.exists():
+                moment = time.time() + self.dice.choice([-90_000, -3600, -60, 3600])
+                os.utime(path, (moment, moment))
+        self.doubt = True
+
+    def trouble(self):
+        """Calls that fail, while lines and rotations come."""
+        if self.faults and not self.down:
+            self.settle()
+            chances = self.dice.choice(
+                [{"reads": 200}, {"short": 300}, {"opens": 200}, {"stats": 200}]
+            )
+            self.doubt |= "short" not in chances
+            self.faults.happen(**chances, because=self.dice.choice([errno.ENFILE, errno.EIO]))
+            for _ in range(self.dice.randint(1, 4)):
+                self.act(self.dice.choice([self.append, self.rename]))
+                time.sleep(self.dice.choice([0, 0.1, 0.4]))
+            self.faults.nothing()
+            self.settle()
+
     def delete(self):
         self.finish_line()
         self.log.unlink()
@@ -390,6 +479,34 @@ class Scene:
         if not self.unnoticed:
             self.write(b"+" + self.line())
 
+    def trim(self):
+        """To its last lines, as cron does it."""
+        data = bytes(self.life.data)
+        starts = [at + 1 for at in range(len(data) - 1) if data[at : at + 1] == b"\n"][-40:]
+        kept = data[self.dice.choice(starts or [0]) :]
+        if len(kept) == len(data) or kept.find(data[-PROVED:][-len(kept) :]) + PROVED < len(kept):
+            return self.append()
+        with open(self.log, "wb", buffering=0) as file:
+            file.write(kept)
+        self.lose()
+        self.begin_life(0, self.life)
+        self.life.data += kept
+        self.life.trimmed = len(kept)
+
+    def edit(self):
+        """One byte of the first or the last 4 KiB, in its place."""
+        data = self.life.data
+        size = len(data)
+        place = self.dice.choice([self.dice.randrange(min(size, PROVED)), size - 1 - PROVED // 2])
+        if place < 0 or data[place] in b"\n#":
+            return self.append()
+        with open(self.log, "r+b", buffering=0) as file:
+            file.seek(place)
+            file.write(b"#")
+        self.lose(place)
+        self.begin_life(place, self.life)
+        self.life.data += b"#" + self.life.parent.data[place + 1 :]
+
     # looking on
 
     def settle(self):
@@ -417,16 +534,17 @@ class Scene:
         return self.eyes[0]
 
     def start(self):
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        self.server = Server(
-            self.log, "--interval", 0.3, "--rate-limit", 0, folder=folder, port=self.port
-        )
+        options = {"env": self.faults.variables, "dev": False} if self.faults else {}
+        options["folder"] = Path(tempfile.mkdtemp(dir=self.folder.parent))
+        options["port"] = self.port
+        self.server = Server(self.log, "--interval", 0.3, "--rate-limit", 0, **options)
 
     def mishap(self, *steps):
         """While the server does not look."""
         if steps:
             return [self.act(step) for step in steps]
         harmless = [self.append, self.append, self.rename, self.copytruncate, self.compress]
+        harmless += [self.rename_empty, self.rename_aside]
         harmless += [self.replace] if self.down else []
         for _ in range(self.dice.randint(1, 4)):
             self.act(self.dice.choice(harmless))
@@ -461,7 +579,8 @@ class Scene:
     def destroy(self):
         """With everything sent to everybody who reads."""
         self.settle()
-        self.act(self.dice.choice([self.delete, self.truncate, self.cut]))
+        steps = [self.delete, self.truncate, self.cut, self.trim, self.edit]
+        self.act(self.dice.choice(steps))
         self.settle()
 
     def copy_and_truncate(self):
@@ -545,6 +664,8 @@ class Scene:
             self.write_late: 4,
         }
         weights |= {self.join: 4, self.leave: 4, self.come_back: 4, self.join_plainly: 3}
+        weights |= {self.rename_aside: 2, self.rename_empty: 2, self.lose_rotated: 2}
+        weights |= {self.set_clock_back: self.doubts, self.trouble: 3 * self.doubts}
         for step in self.dice.choices(list(weights), list(weights.values()), k=steps):
             self.act(step)
 
@@ -555,6 +676,7 @@ class Scene:
         self.settle()
 
     def finish(self):
+        self.settle()
         for eye in self.away:
             eye.open()
         self.eyes += self.away
