@@ -27,6 +27,7 @@ SCRIPT = ROOT / "audit_stream.py"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 FORBID_INOTIFY = 'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"'
 NO_INOTIFY = ("unshare", "--user", "--map-root-user", "sh", "-c", FORBID_INOTIFY, "sh")
+ACCESS = "audit_stream: access "  # how the lines of the access record begin
 FOREIGN_VARIABLES = (
     "AUDIT_STREAM_TOKEN",
     "CREDENTIALS_DIRECTORY",
@@ -192,7 +193,17 @@ class Server:
         return True
 
     def errors(self) -> str:
-        return self._err.read_text(errors="replace") if self._err.is_file() else ""
+        """Return standard error without the access record."""
+        said = self._err.read_text(errors="replace") if self._err.is_file() else ""
+        return "".join(line for line in said.splitlines(True) if not line.startswith(ACCESS))
+
+    def record(self) -> list[str]:
+        """Return the lines of the access record, without what they all begin with."""
+        said = self._err.read_text(errors="replace").splitlines()
+        return [line.removeprefix(ACCESS) for line in said if line.startswith(ACCESS)]
+
+    def output(self) -> str:
+        return self._out.read_text(errors="replace")
 
     def memory(self) -> int:
         """Resident bytes."""

@@ -155,12 +155,21 @@ def body_of(function: Function) -> range:
 
 
 def phases_are_paragraphs(source: Source) -> Iterator[Finding]:
+    in_tables = set(itertools.chain.from_iterable(map(rows, tables(source))))
     for function in source.functions():
         body = [source.lines[line - 1] for line in body_of(function)]
-        if len(body) > MAX_PARAGRAPH and all(line.strip() for line in body):
-            yield function.lineno, f"{function.name}: {len(body)} lines without a blank one"
+        count = len(body) - len(in_tables & set(body_of(function)))
+        has_phases = count > MAX_PARAGRAPH and not only_sets_fields(function)
+        if has_phases and all(line.strip() for line in body):
+            yield function.lineno, f"{function.name}: {count} lines without a blank one"
         if len(body) > MAX_FUNCTION:
             yield function.lineno, f"{function.name}: {len(body)} lines"
+
+
+def only_sets_fields(function: Function) -> bool:
+    return function.name == "__init__" and all(
+        isinstance(statement, (ast.Assign, ast.AnnAssign)) for statement in function.body
+    )
 
 
 def docstrings_of_functions_begin_with_a_verb(source: Source) -> Iterator[Finding]:
@@ -355,4 +364,4 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(*sys.argv[1:] or [str(SCRIPT)])))
+    sys.exit(main(Path(sys.argv[1] if sys.argv[1:] else SCRIPT)))

@@ -1,71 +1,87 @@
-"""Two processes share the test files, because a test waits more than it works.
+"""Two processes share the tests, because a test waits more than it works.
 
-Each takes the next file that is free.
+A unit is a file, or what one browser does in it. Each process takes the next unit that is free; the
+results of the second one count as if they were of the first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 FOLDER = "TESTS_SHARED_IN"  # environment variable of the second process
 
 
-class Share:
-    """What one of the two processes takes; the second one writes down how it went."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    if session.config.option.collectonly or session.testsfailed:
+        return None
+    if FOLDER in os.environ:
+        folder = Path(os.environ[FOLDER])
+        session.config.pluginmanager.register(Recorder(session.config, folder / "reports"))
+        run_share(session, folder)
+        return True
+    if len({unit_of(item) for item in session.items}) < 2:
+        return None
+    with tempfile.TemporaryDirectory() as name, second_process(session, Path(name)):
+        run_share(session, Path(name))
+    return True
 
-    def __init__(self, config: pytest.Config, folder: Path, second: bool) -> None:
-        self.config, self.folder, self.second = config, folder, second
-        self.mine: dict[Path, bool] = {}
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        if item.path not in self.mine:
-            self.mine[item.path] = self.takes(item.path.name)
-        return None if self.mine[item.path] else True
+def run_share(session: pytest.Session, folder: Path) -> None:
+    """Run what this process takes, one test after the other, as pytest does it."""
+    mine = itertools.chain(take(session.items, folder), [None])
+    for item, following in itertools.pairwise(mine):
+        assert item
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
 
-    def takes(self, name: str) -> bool:
+
+def take(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
+    """Yield the tests of each unit that is still free: whoever makes its folder has it."""
+    units: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        units.setdefault(unit_of(item), []).append(item)
+    for unit, tests in units.items():
         with contextlib.suppress(FileExistsError):
-            (self.folder / name).mkdir()
-            return True
-        return False
+            (folder / unit).mkdir()
+            yield from tests
+
+
+def unit_of(item: pytest.Item) -> str:
+    variant = getattr(item, "callspec", None)
+    return f"{item.path.name}-{variant.params.get('browser', '') if variant else ''}"
+
+
+class Recorder:
+    """Writes down how the tests of the second process went."""
+
+    def __init__(self, config: pytest.Config, file: Path) -> None:
+        self.config, self.file = config, file
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if not self.second:
-            return
         write = self.config.hook.pytest_report_to_serializable
-        with open(self.folder / "reports", "a") as reports:
+        with open(self.file, "a") as reports:
             reports.write(json.dumps(write(config=self.config, report=report)) + "\n")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
-    if FOLDER in os.environ:
-        session.config.pluginmanager.register(
-            Share(session.config, Path(os.environ[FOLDER]), second=True)
-        )
-    elif len({item.path for item in session.items}) > 1 and not session.config.option.collectonly:
-        with tempfile.TemporaryDirectory() as folder, second_process(session, Path(folder)):
-            session.config.pluginmanager.register(Share(session.config, Path(folder), second=False))
-            return (yield)
-    return (yield)
-
-
 @contextlib.contextmanager
-def second_process(session: pytest.Session, folder: Path) -> Generator[None]:
-    """Its results count as if they were of this one."""
+def second_process(session: pytest.Session, folder: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
+    variables = os.environ | {FOLDER: str(folder)}
     with open(folder / "output", "w+b") as output:
-        variables = os.environ | {FOLDER: str(folder)}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables
         )
@@ -75,13 +91,13 @@ def second_process(session: pytest.Session, folder: Path) -> Generator[None]:
         finally:
             process.terminate()
             process.wait()
-        for report in reports_in(session.config, folder / "reports"):
-            session.config.hook.pytest_runtest_logreport(report=report)
-        if code not in (0, 1):
-            session.shouldfail = (
-                f"the second process ended with {code}: {Path(output.name).read_text()}"
-            )
-            raise session.Failed(session.shouldfail)
+
+    for report in reports_in(session.config, folder / "reports"):
+        session.config.hook.pytest_runtest_logreport(report=report)
+    if code not in (0, 1, pytest.ExitCode.NO_TESTS_COLLECTED):
+        said = (folder / "output").read_text()
+        session.shouldfail = f"the second process ended with {code}: {said}"
+        raise session.Failed(session.shouldfail)
 
 
 def reports_in(config: pytest.Config, file: Path) -> Iterator[pytest.TestReport]:
