@@ -61,6 +61,7 @@ import gzip
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import json
@@ -130,7 +131,8 @@ counters: collections.Counter[str] = collections.Counter()  # what /metrics says
 # Owns a descriptor each: no other section sees one.
 
 FINGERPRINT_BYTES = 4 * KIB
-HOLE_BYTES = KIB  # so many zero bytes in a row are no log
+# So many zero bytes are no log: a crash leaves some where a line would begin.
+RESERVED = re.compile(rb"(?:\A|\n)\0{16}|\0{1024}")
 SCAN_BYTES = 256 * KIB  # of one read while looking for the end of a hole
 MAX_SCANS = 64  # reads until a hole is taken to go on to the end of the file
 MAX_ROTATED = 64  # rotated files that are looked at, and parts of a cursor
@@ -230,9 +232,9 @@ class LogFile:
 
     # Reading
 
-    def open(self) -> IO[bytes]:
-        """Return a file object for reading it from the start, once."""
-        return open(os.dup(self._fd), "rb")
+    def open(self) -> io.BufferedReader:
+        """Return a file object with a position of its own."""
+        return io.BufferedReader(LogFileReader(self), 64 * KIB)
 
     def read_bytes(self, start: int, end: int) -> bytes:
         """Return the bytes from start to end; fewer only at the end of the file."""
@@ -251,10 +253,10 @@ class LogFile:
         return self._before_hole(data, start) if b"\0" in data else data
 
     def _before_hole(self, data: bytes, start: int) -> bytes:
-        reserved = data.find(bytes(HOLE_BYTES))
-        sparse = os.lseek(self._fd, start, os.SEEK_HOLE) - start
-        hole = sparse if reserved < 0 else min(sparse, reserved)
-        return data[:hole].rstrip(b"\0") if hole < len(data) else data
+        hole = os.lseek(self._fd, start, os.SEEK_HOLE) - start
+        if reserved := RESERVED.search(data):
+            hole = min(hole, reserved.end())
+        return data[:hole].rstrip(b"\0") if hole < len(data) or reserved else data
 
     def read_new(self) -> tuple[bytes, bool] | None:
         """Return what follows the published bytes: at most a message, and whether a hole ends it.
@@ -461,6 +463,22 @@ class LogFile:
 LIFE_BYTES = 64  # of a file tell it from the file before it
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+
+class LogFileReader(io.RawIOBase):
+    """The bytes of a log file as a stream, for gzip, bz2 and lzma."""
+
+    def __init__(self, file: LogFile) -> None:
+        self.file, self.offset = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read_bytes(self.offset, self.offset + len(buffer))
+        buffer[: len(data)] = data
+        self.offset += len(data)
+        return len(data)
 
 
 def short_hash(data: bytes) -> str:
@@ -1125,7 +1143,7 @@ class LogFollower:
         """
         async with self._check_lock:
             try:
-                if not self.current.end and self._found and await self._find_unseen():
+                if await self._find_unseen():
                     return True
                 if self.publish_new_bytes(self.current):
                     return True  # broadcast first, look around afterwards
@@ -1240,7 +1258,7 @@ class LogFollower:
             return True
         self._watcher.stalled = False
         self._arrivals.forget_visits()
-        self._report_ok()
+        self._report_ok(self._unusual())
         return False
 
     def _other_file(self) -> LogFile | None:
@@ -1297,6 +1315,7 @@ class LogFollower:
             if not successor.file.end and (end := self._published.published_end(successor.file)):
                 successor.file.record_published(end)
         self._pending.extend(successors)
+        self._published.add_present(rotated_files(self.path))
         self._arrivals.created.clear()
         self._watcher.stalled = False
         self._report_ok()
@@ -1373,6 +1392,8 @@ class LogFollower:
 
     async def _find_unseen(self) -> bool:
         """Take in rotated files that were the log before anything of it was read."""
+        if self.current.end or self._pending or not self._found:
+            return False
         self._arrivals.apply(self._watcher.take_events(), log_paths(self.path))
         if not self._arrivals.created and self._arrivals.reliable and self._watcher.works:
             return False
@@ -1493,13 +1514,13 @@ class LogFollower:
         if self.state.state != "ok" or not self._in_grace_period():
             self._set_state(LogState(state, detail))
 
-    def _report_ok(self) -> None:
+    def _report_ok(self, detail: str = "") -> None:
         self._anomaly_since_s = 0.0
-        self._set_state(LogState("ok", self._unusual()))
+        self._set_state(LogState("ok", detail))
 
     def _unusual(self) -> str:
         """Return what is unusual about a log that can be read, in words; "" if nothing is."""
-        if self._found and self.current.is_deleted():
+        if self.current.is_deleted():
             return "this file has no name left: nobody else can find it, and a rotation is not seen"
         grown_s = max((file.last_growth_s for file in self.draining), default=0.0)
         if grown_s > self.current.last_growth_s + 2 * self.interval_s:
@@ -1601,8 +1622,10 @@ class PublishedFiles:
         self._held.append((time.monotonic(), weakref.ref(file)))
 
     def add_present(self, rotated: list[RotatedName]) -> None:
-        """Note the files that were there before anything was published."""
+        """Note the files that are there, and were published, will be, or came before all that."""
         for name in rotated:
+            if name.identity in self._known:
+                continue
             with contextlib.suppress(OSError):
                 file = open_log_file(name.path)
                 file.record_published(file.size)
@@ -3352,8 +3375,11 @@ ByteRange = tuple[int, int]
 Answer = dict[str, Any]
 Query = dict[str, str]
 Edges = list[int]  # of adjacent ranges, the end of the newest one first
+Stretch = list[int]  # its start, its end, how many lines match
 Fed = list[ByteRange]  # of the file, what a grep got: it counts only these bytes
 Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
+Process = subprocess.Popen[bytes]
+Lines = Iterator[tuple[int, bytes]]  # where they begin, and many at a time
 Work = Callable[..., T]
 
 
@@ -3625,9 +3651,9 @@ def group_edges(edges: Edges) -> list[Edges]:
     return pieces if len(edges) > 1 else []
 
 
-def merge_stretches(size: int, number: int, edges: Edges, counts: list[int]) -> list[list[int]]:
-    """Return start, end and matches of the stretches, the newest first."""
-    stretches: list[list[int]] = []
+def merge_stretches(size: int, number: int, edges: Edges, counts: list[int]) -> list[Stretch]:
+    """Return the stretches of which these parts were counted, the newest first."""
+    stretches: list[Stretch] = []
     last = -1
     for (end, start), matches in zip(itertools.pairwise(edges), counts, strict=False):
         # A range begins in the line that holds its border, so that its last byte is behind that.
@@ -3672,7 +3698,7 @@ def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answe
     return covered | {"skipped": skipped} if skipped else covered
 
 
-def start_grep(pattern: Pattern, inputs: int) -> tuple[subprocess.Popen[bytes], list[int]]:
+def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
     """Start a grep that reads its pattern, unseen by a process list, and lines from pipes."""
     pipes: list[tuple[int, int]] = []
     try:
@@ -3704,12 +3730,12 @@ def start_grep(pattern: Pattern, inputs: int) -> tuple[subprocess.Popen[bytes], 
 
 
 def limit_child(pid: int) -> None:
-    """Let the stream go first, and let grep end even if the server does not live to end it."""
+    """Let grep end even if the server does not live to end it, and let the stream go first."""
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, 10)
         if hasattr(resource, "prlimit"):  # not on macOS
             resource.prlimit(pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
             resource.prlimit(pid, resource.RLIMIT_CPU, (10, 10))
+        os.setpriority(os.PRIO_PROCESS, pid, 10)
 
 
 NO_PCRE = "a search needs GNU grep with -P on this server: install the package grep"
@@ -3743,7 +3769,7 @@ def feed_grep(search: Search, edges: Edges, pipes: list[int], fed: Fed) -> None:
             file.close()
 
 
-def whole_lines(search: Search, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+def whole_lines(search: Search, start: int, end: int) -> Lines:
     """Yield offset and bytes of many lines at a time, without those over 1 MiB, and holes."""
     file, size = search.file, search.size
     at = next_line(file, start - 1, end) if start else 0
@@ -3796,7 +3822,8 @@ def read_matches(most: int, pipe: IO[bytes], fed: Fed) -> list[ByteRange]:
     """Return the ranges of the last lines that grep found."""
     with pipe:
         lines = (line.partition(b":") for line in pipe)  # at most 1 MiB each, as they were fed
-        last = collections.deque(((int(line[0]), len(line[2])) for line in lines), most)
+        matches = ((int(offset), len(line)) for offset, _, line in lines)
+        last = collections.deque(matches, most)
     return [matched_range(fed, *match) for match in last]
 
 
@@ -4005,29 +4032,31 @@ class FileSet:
     async def describe(self) -> dict[str, Any]:
         """Return the answer of /api/files: the oldest file first, the log last."""
         current = self.follower.current
-        past = await self.past_files()
+        past = await self.past_files(current)
         first, last = await run_in_thread(time_span, current, self.zone)
-        log = self.known[file_key(current.status())[:2]]
-        log = log._replace(size=current.size, first=first, last=last)
+
+        size = current.size
+        key = file_key(current.status())
+        log = PastFile(key, self.follower.path, "", current.name, size, first, last)
         return {"files": [file.describe() for file in (*past, log)]}
 
     async def file_of(self, context: RequestContext) -> LogFile:
-        """Return the file that a request is about. Raises HTTPError."""
+        """Return the file that a request is about, the log if it names none. Raises HTTPError."""
         current = self.follower.current
         generation = context.query.get("generation", current.name)
         if generation == current.name:
             return current
 
-        for past in await self.past_files():
+        for past in await self.past_files(current):
             if past.generation == generation and past.compressed:
                 return await self.unpacked(past)
             if past.generation == generation:
                 return await run_in_thread(open_past_file, past)
         raise HTTPError(404, "no file of this log has this generation")
 
-    async def past_files(self) -> list[PastFile]:
+    async def past_files(self, current: LogFile) -> list[PastFile]:
         async with self.listing:
-            return await run_in_thread(self.look, self.follower.current)
+            return await run_in_thread(self.look, current)
 
     def look(self, current: LogFile, cancelled: threading.Event) -> list[PastFile]:
         """Return the rotated files, the oldest first. What is known is not read again."""
@@ -4097,6 +4126,7 @@ class FileSet:
         job = self.unpacking.get(past.key)
         if not job:
             job = self.unpacking[past.key] = asyncio.create_task(self.unpack(past))
+            job.add_done_callback(job_bytes)  # sees the error even if nobody waits any more
         self.used_s[past.key] = time.monotonic()
         asyncio.get_running_loop().call_later(KEEP_S + 1, self.forget_unused)
 
@@ -4144,7 +4174,9 @@ def unreadable_name(key: FileKey) -> str:
 
 
 def job_bytes(job: asyncio.Task[LogFile]) -> int:
-    return 0 if job.exception() else job.result().size
+    if job.cancelled() or job.exception():
+        return 0
+    return job.result().size
 
 
 def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
@@ -4705,7 +4737,7 @@ def parse_moment(text: str, zone: datetime.tzinfo) -> float | None:
 
 
 # ---- 9 Proof -------------------------------------------------------------------------------------
-# Says how many bytes a file held and their SHA-256 (a receipt), and notices bytes that change later.
+# Says how many bytes a file held and their SHA-256 (a receipt), and notices if bytes change later.
 # Proof owns a Checker for each file in use; one thread works at a time, for one of them. Nothing is
 # stored: what has to outlive the process is a line on standard output.
 
@@ -4758,14 +4790,11 @@ class Digest(NamedTuple):
     time_s: float
 
 
-Ticket = asyncio.Future[Digest | None]  # None: so many bytes are not there
-
-
 class Wanted(NamedTuple):
     """Somebody who waits for the digest of so many bytes."""
 
     end: int
-    future: Ticket
+    future: asyncio.Future[Digest | None]  # None: they are not there
 
     def settle(self, digest: Digest | None) -> None:
         if not self.future.done():
@@ -4790,7 +4819,7 @@ class Proof:
         self.checkers = {self.current.file: self.current}
         self.retired: asyncio.Queue[tuple[Checker, str]] = asyncio.Queue()
         self.unfinished: set[Checker] = set()  # of rotated files that are not sealed yet
-        self.tickets: dict[tuple[object, ...], Ticket] = {}
+        self.tickets: dict[tuple[object, ...], Wanted] = {}  # what a later request may collect
         self.somebody_waits = asyncio.Event()
 
         self.alarm = ""  # what changed; until somebody accepts it
@@ -4826,15 +4855,16 @@ class Proof:
 
         asker = context.client, context.user, context.path
         key = (*asker, context.query.get("bytes"), file)
-        ticket = self.tickets.get(key) or self.add_ticket(key, file, end)
-        await asyncio.wait([ticket], timeout=RECEIPT_S)
-        if not ticket.done():
-            progress = {"read": self.checkers[file].progress(ticket), "bytes": end}
+        wanted = self.tickets.get(key) or self.add_ticket(key, file, end)
+        end = wanted.end  # the log may have grown since the first request
+        await asyncio.wait([wanted.future], timeout=RECEIPT_S)
+        if not wanted.future.done():
+            progress = {"read": self.checkers[file].progress(wanted), "bytes": end}
             body = json.dumps(progress).encode()
             return make_response(202, body, JSON, Retry_After="2")
 
         self.tickets.pop(key, None)
-        digest = ticket.result()
+        digest = wanted.future.result()
         if digest is None:
             raise HTTPError(416, "the log has fewer bytes than that, or cannot be read")
         receipt = self.receipt(file, end, digest)
@@ -4862,27 +4892,27 @@ class Proof:
             del response.headers[header]
         return response
 
-    def add_ticket(self, key: tuple[object, ...], file: LogFile, end: int) -> Ticket:
+    def add_ticket(self, key: tuple[object, ...], file: LogFile, end: int) -> Wanted:
         """Ask for a digest that a later request of the same client may collect."""
         if len(self.tickets) >= MAX_TICKETS:
             raise HTTPError(503, "too many receipts are asked for", Retry_After="5")
-        ticket = self.tickets[key] = self.ask(file, end)
+        wanted = self.tickets[key] = self.ask(file, end)
         loop = asyncio.get_running_loop()
 
         def drop() -> None:
-            if self.tickets.get(key) is ticket:
+            if self.tickets.get(key) is wanted:
                 del self.tickets[key]
 
-        ticket.add_done_callback(lambda _: loop.call_later(TICKET_S, drop))
-        return ticket
+        wanted.future.add_done_callback(lambda _: loop.call_later(TICKET_S, drop))
+        return wanted
 
-    def ask(self, file: LogFile, end: int) -> Ticket:
+    def ask(self, file: LogFile, end: int) -> Wanted:
         """Join the next pass over a file: what is read from now on."""
         checker = self.checkers.setdefault(file, Checker(file))
         wanted = Wanted(end, asyncio.get_running_loop().create_future())
         checker.wanted.append(wanted)
         self.somebody_waits.set()
-        return wanted.future
+        return wanted
 
     def receipt(self, file: LogFile, end: int, digest: Digest) -> Receipt:
         log, at = self.follower.name, utc(digest.time_s)
@@ -4938,6 +4968,7 @@ class Proof:
     async def serve(self, checker: Checker) -> None:
         """Go over a file once for all who wait now."""
         taken, checker.wanted = checker.wanted, []
+        self.checkers[checker.file] = self.checkers.pop(checker.file)  # the others come first
         counters["proof_passes_total"] += 1
         try:
             await run_in_thread(checker.read_from_start, taken, asyncio.get_running_loop())
@@ -5017,7 +5048,7 @@ class Proof:
         file, end = checker.file, checker.file.end
         if not end or not self.anchor_s or not file.is_unchanged():
             return end
-        digest = await self.ask(file, end)
+        digest = await self.ask(file, end).future
         if digest and not checker.changes:
             receipt = self.receipt(file, end, digest)
             write_line(receipt._replace(note=f" sealed_before={successor}").line)
@@ -5055,7 +5086,7 @@ class Proof:
             await asyncio.sleep(self.anchor_s)
             file, end = self.follower.current, self.follower.current.end
             if end and (file.name, end) != self.anchored:
-                self.write_anchor(file, end, await self.ask(file, end))
+                self.write_anchor(file, end, await self.ask(file, end).future)
 
     def write_anchor(self, file: LogFile, end: int, digest: Digest | None) -> None:
         if digest:
@@ -5068,7 +5099,7 @@ class Proof:
         if not self.anchor_s or not end or (file.name, end) == self.anchored:
             return
         self.on_generation()
-        future = self.ask(file, end)
+        future = self.ask(file, end).future
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(LAST_ANCHOR_S):
                 await self.serve(self.current)
@@ -5192,10 +5223,9 @@ class Checker:
         last = self.checkpoints[-1]
         return Digest(head.state.hexdigest(), last.state.hexdigest(), last.time_s)
 
-    def progress(self, ticket: Ticket) -> int:
+    def progress(self, wanted: Wanted) -> int:
         """Return how many bytes were read for somebody who waits."""
-        queued = any(wanted.future is ticket for wanted in self.wanted)
-        return 0 if queued else self.read_so_far
+        return 0 if wanted in self.wanted else self.read_so_far
 
     def pause_s(self) -> float:
         """Return the time between two blocks of the idle reader."""
@@ -5378,6 +5408,7 @@ def states_at(
     state, offset = hashlib.sha256(), 0
     coming = iter(edges)
     edge = next(coming, None)
+
     for piece in itertools.chain([b""], pieces):
         view = memoryview(piece)
         while edge is not None and offset + len(view) >= edge:
@@ -5441,7 +5472,6 @@ def write_alarm(sentence: str) -> None:
 
 
 # -- who read the log --
-
 
 
 class HistoryRecord:
