@@ -1128,7 +1128,7 @@ class LogFollower:
         """Wait for an event, or until the next check is due, at most so long."""
         timeout_s = min(self.interval_s, most_s)
         if self._anomaly_since_s and self.state.state == "ok":
-            timeout_s = min(timeout_s, GRACE_S)
+            timeout_s = min(timeout_s, GRACE_S / 4)
         if self.unfinished_bytes:
             due_s = self.current.unfinished[1] + self.interval_s - time.monotonic()
             timeout_s = min(timeout_s, max(due_s, COALESCE_S))
@@ -1232,11 +1232,12 @@ class LogFollower:
     async def _look_around(self) -> bool:
         """Return True if something happened, and there may be more to read."""
         if self._pending:
+            self.publish_new_bytes(self.current, final=True)  # if it fails, nothing has changed yet
             self._switch_to(self._pending.popleft())
             return True
         self._watch()
         self._arrivals.apply(self._watcher.take_events(), log_paths(self.path))
-        self._published.release_old(self.draining)
+        self._published.release_old(self._needed())
         if not self.current.is_unchanged():
             return await self._handle_rewrite()
 
@@ -1245,7 +1246,7 @@ class LogFollower:
         except OSError as error:
             gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._published.release_deleted()
+                self._published.release_deleted(self._needed())
             self._report_problem("missing" if gone else "unreadable", problem_of(error))
             return False
         if new:
@@ -1260,6 +1261,10 @@ class LogFollower:
         self._arrivals.forget_visits()
         self._report_ok(self._unusual())
         return False
+
+    def _needed(self) -> set[LogFile | None]:
+        """Return the files that are still read, whatever their names."""
+        return {self.current, *self.draining, *(successor.file for successor in self._pending)}
 
     def _other_file(self) -> LogFile | None:
         """Return the file at the path if it is not the one that is open. Raises OSError.
@@ -1323,7 +1328,6 @@ class LogFollower:
     def _switch_to(self, successor: Successor) -> None:
         """Make the next file the log; the open one is read to its end and then drained."""
         old, new = self.current, successor.file
-        self.publish_new_bytes(old, final=True)
         self._published.add(old)
         if not new.same_file(old):
             self._drain(old)
@@ -1337,7 +1341,8 @@ class LogFollower:
     async def _files_between(self, new: LogFile) -> tuple[list[Successor], str]:
         """Return the files that were the log between the open one and `new`, and a last gap."""
         if self._arrivals.can_tell():
-            return await self._open_successors(self._arrivals.visits(), "")
+            arrived = self._arrivals.visits() + self._arrivals.copies_of_last()
+            return await self._open_successors(arrived, "")
 
         rotated = [name for name in rotated_files(self.path) if name.identity != new.identity]
         unseen = [name for name in rotated if self._is_unseen(name)]
@@ -1376,8 +1381,8 @@ class LogFollower:
                     raise OSError(errno.ENOENT, "is gone")
                 file = await run_in_thread(open_rotated, path, left_bytes)
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise
+                if path and self._in_grace_period():
+                    raise  # it may pass: look again
                 name = os.path.basename(path) or "a file that was the log for a while"
                 pending_gap = f"{name} {problem_of(error)}"
                 continue
@@ -1397,8 +1402,10 @@ class LogFollower:
         self._arrivals.apply(self._watcher.take_events(), log_paths(self.path))
         if not self._arrivals.created and self._arrivals.reliable and self._watcher.works:
             return False
-        unseen = [name for name in rotated_files(self.path) if self._is_unseen(name) and name.size]
-        if not unseen:
+        rotated = rotated_files(self.path)
+        renamed = any(name.identity == self.current.identity for name in rotated)
+        unseen = [name for name in rotated if name.size and self._is_unseen(name)]
+        if renamed or not unseen:
             return False
 
         names, gap = successors_of(None, unseen)
@@ -1450,7 +1457,8 @@ class LogFollower:
         self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
         counters[f'generations_total{{reason="{reason}"}}'] += 1
         logger.info("log was %s%s", reason, f"; lines may be missing: {gap}" if gap else "")
-        self.names.assign(self.current)
+        with contextlib.suppress(OSError):
+            self.names.assign(self.current)
         self.on_generation()
 
     def _doubt(self) -> str:
@@ -1633,7 +1641,8 @@ class PublishedFiles:
 
     def _remember(self, file: LogFile) -> None:
         self._known.pop(file.identity, None)
-        self._known[file.identity] = file.fingerprint, file.status().st_mtime_ns
+        with contextlib.suppress(OSError):
+            self._known[file.identity] = file.fingerprint, file.status().st_mtime_ns
         if len(self._known) > 1024:
             del self._known[next(iter(self._known))]
 
@@ -1656,7 +1665,7 @@ class PublishedFiles:
             return not name.size or self.published_end(open_log_file(name.path)) > 0
         return False
 
-    def release_old(self, keep: Container[LogFile]) -> None:
+    def release_old(self, keep: Container[LogFile | None]) -> None:
         """Let go of deleted files that only lagging viewers still read, after a minute."""
         now_s = time.monotonic()
         while self._held and now_s - self._held[0][0] > HELD_S:
@@ -1667,11 +1676,13 @@ class PublishedFiles:
             else:
                 self._release(file)
 
-    def release_deleted(self) -> None:
-        """Let go of all deleted files: descriptors have run out."""
+    def release_deleted(self, keep: Container[LogFile | None]) -> None:
+        """Let go of all deleted files at once: descriptors have run out."""
+        held = [(since_s, reference) for since_s, reference in self._held if reference() in keep]
         for _, reference in self._held:
-            self._release(reference())
-        self._held.clear()
+            if reference() not in keep:
+                self._release(reference())
+        self._held = held
 
     @staticmethod
     def _release(file: LogFile | None) -> None:
@@ -1884,7 +1895,7 @@ class Arrivals:
         """Follow a file that was linked or copied to a rotated name, and is removed now."""
         log_name = os.path.basename(visitor.path)
         for name in reversed(self.created[visitor.created_before :]):
-            if name.path and parse_rotated_name(log_name, os.path.basename(name.path)):
+            if name.path and is_rotated_name(log_name, name.path):
                 visitor.path = name.path
                 return
 
@@ -1915,6 +1926,15 @@ class Arrivals:
             paths = self._links_led_to()
         return [(path, "") for path in paths]
 
+    def copies_of_last(self) -> list[tuple[str, str]]:
+        """Return copies of the file that is the log now, from before it was cut, likewise."""
+        last = self._visitors[-1]
+        log_name = os.path.basename(last.path)
+        later = [name.path for name in self.created[last.created_before :]]
+        candidates = [path for path in self.candidates() if path in later]
+        rotated = [path for path in candidates if is_rotated_name(log_name, path)]
+        return [(path, "") for path in rotated]
+
     def _links_led_to(self) -> list[str]:
         """Return the files that a link led to in between, named like the one it leads to now."""
         shape = shape_of(self._real_path)
@@ -1928,6 +1948,10 @@ class Arrivals:
         visited = {name.path for name in self._visitors}
         paths = dict.fromkeys(name.path for name in self.created if name.path)
         return [path for path in paths if path not in visited and is_complete(path)]
+
+
+def is_rotated_name(log_name: str, path: str) -> bool:
+    return parse_rotated_name(log_name, os.path.basename(path)) is not None
 
 
 def is_other_kind(path: str) -> bool:
@@ -2832,7 +2856,10 @@ async def route(site: Site, context: RequestContext) -> Response:
             check_room(context.connection.connections)
         raise HTTPError(426, "this address speaks WebSocket", Upgrade="websocket")
     if path in ("/healthz", *HISTORY, *PROOF):
-        return await cancel_on_disconnect(context.connection, log_response(site, context))
+        try:
+            return await cancel_on_disconnect(context.connection, log_response(site, context))
+        except OSError as error:
+            raise HTTPError(503, f"the log cannot be read: {error.strerror}") from None
     raise HTTPError(404, "not found")
 
 
@@ -6055,7 +6082,7 @@ def metrics(site: Site) -> str:
         'viewers{state="live"}': live,
         'viewers{state="catching_up"}': len(connections.viewers) - live,
         "answer_bytes": connections.answer_bytes,
-        "behind_bytes": max(0, current.size - current.end),
+        "behind_bytes": max(0, broadcaster.follower.size - current.end),
         "start_time_seconds": START_TIME_S,
         f"build_info{{{versions}}}": 1,
         **site.proof.metrics(),
