@@ -139,6 +139,9 @@ MAX_ROTATED = 64  # rotated files that are looked at, and parts of a cursor
 MAX_DECOMPRESSED = 1024 * MIB  # of all compressed files that one look, or one resumed viewer, needs
 
 
+Identity = tuple[int, int]  # of a file: device and inode
+
+
 class Fingerprint(NamedTuple):
     """How far a file was published, and the first and last 4 KiB of that."""
 
@@ -193,7 +196,7 @@ class LogFile:
         """Return another generation of the same file; nothing of it is published yet."""
         return LogFile(os.dup(self._fd))
 
-    def _identify(self) -> tuple[int, int]:
+    def _identify(self) -> Identity:
         status = os.fstat(self._fd)
         return status.st_dev, status.st_ino
 
@@ -223,6 +226,16 @@ class LogFile:
     def modified_s(self) -> float:
         """Return the time of the last change, in seconds since 1970."""
         return os.fstat(self._fd).st_mtime
+
+    def inode_version(self) -> int:
+        """Return a number that another file in the same inode does not share; 0 if unknown.
+
+        ioctl_iflags(2), FS_IOC_GETVERSION: ext4, xfs and btrfs have it.
+        """
+        with contextlib.suppress(OSError):
+            version = fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8))
+            return int.from_bytes(version[:4], sys.byteorder)
+        return 0
 
     def is_deleted(self) -> bool:
         return os.fstat(self._fd).st_nlink == 0
@@ -436,14 +449,15 @@ class LogFile:
     # Cursors
 
     def cursor_part(self, offset: int, hint: str = "") -> str:
-        """Return OFFSET.HINTHEADPROOF: the inode as a hint, how the file begins, and a proof of all."""
+        """Return OFFSET.HINTHEADPROOF: the inode as a hint, how the file begins, and a proof."""
         if not hint:
             hint = short_hash(b"%d:%d" % self.identity)[:4]
         published = self.fingerprint
         if offset != published.end:
             published = self.fingerprint_at(offset)
         head = short_hash(published.head[:LIFE_BYTES])[:4]
-        return f"{offset}.{hint}{head}{short_hash(published.head + published.tail + hint.encode())}"
+        proof = short_hash(published.head + published.tail + hint.encode())
+        return f"{offset}.{hint}{head}{proof}"
 
     def may_become(self, part: str) -> bool:
         """Return True if this file, once it is longer, may be the one of the cursor."""
@@ -460,6 +474,7 @@ class LogFile:
         return self.cursor_part(int(offset), proof[:4]) == part
 
 
+FS_IOC_GETVERSION = 0x80087601
 LIFE_BYTES = 64  # of a file tell it from the file before it
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -588,7 +603,7 @@ class RotatedName(NamedTuple):
     kind: str
     rank: tuple[int, ...]
     compressed: str
-    identity: tuple[int, int]
+    identity: Identity
     size: int
     modified_s: float
     changed_s: float  # of the inode: a rename counts
@@ -681,7 +696,7 @@ def real_path(path: str) -> str:
         return path
 
 
-def file_identity(path: str) -> tuple[int, int]:
+def file_identity(path: str) -> Identity:
     """Return device and inode; (0, 0) if there is no such file."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
@@ -714,6 +729,8 @@ def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFil
         except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
             raise OSError(errno.EINVAL, "is damaged", path) from error
         copy.flush()
+        modified_ns = source.status().st_mtime_ns
+        os.utime(copy.fileno(), ns=(modified_ns, modified_ns))
         return LogFile(os.dup(copy.fileno()))
 
 
@@ -1054,8 +1071,9 @@ class LogFollower:
         self._found = False
         self._pending: collections.deque[Successor] = collections.deque()
         self._published = PublishedFiles()
+        self._listed: list[RotatedName] = []  # by whose names the last look decided
         self._watcher = DirectoryWatcher()
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(log_paths(path))
         self._anomaly_since_s = 0.0  # something else than our file is at the path; 0: nothing is
         self._next_open_s = 0.0  # when the path is opened afresh, whatever its inode says
         self._encoding = EncodingCheck()
@@ -1064,7 +1082,7 @@ class LogFollower:
         self.on_generation: Callable[[], None] = lambda: None  # called when another one begins
         self._watch()
         self._open()
-        self._arrivals = Arrivals()  # the folders are watched from before the log was opened
+        self._arrivals = Arrivals(log_paths(path))  # the folders are watched from before the log was opened
 
     @property
     def name(self) -> str:
@@ -1236,7 +1254,7 @@ class LogFollower:
             self._switch_to(self._pending.popleft())
             return True
         self._watch()
-        self._arrivals.apply(self._watcher.take_events(), log_paths(self.path))
+        self._arrivals.apply(self._watcher.take_events())
         self._published.release_old(self._needed())
         if not self.current.is_unchanged():
             return await self._handle_rewrite()
@@ -1245,8 +1263,8 @@ class LogFollower:
             new = self._other_file()
         except OSError as error:
             gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._published.release_deleted(self._needed())
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._free_descriptors():
+                return True
             self._report_problem("missing" if gone else "unreadable", problem_of(error))
             return False
         if new:
@@ -1255,12 +1273,20 @@ class LogFollower:
         chain, gap = await self._open_successors(self._arrivals.visits(), "")
         if chain:  # our file is back after others
             self._enqueue([*chain, Successor(self.current, "rotated", gap)])
-            self._arrivals = Arrivals()
+            self._arrivals = Arrivals(log_paths(self.path))
             return True
         self._watcher.stalled = False
         self._arrivals.forget_visits()
         self._report_ok(self._unusual())
         return False
+
+    def _free_descriptors(self) -> bool:
+        """Let go of deleted files, the newest aside. Return False if there were none."""
+        draining = [file for file in self.draining if file.is_deleted()][:-2]
+        for file in draining:
+            self._stop_draining(file)
+        self._published.release_deleted(self._needed())
+        return bool(draining)
 
     def _needed(self) -> set[LogFile | None]:
         """Return the files that are still read, whatever their names."""
@@ -1296,13 +1322,14 @@ class LogFollower:
             return False
 
         chain, gap = await self._files_between(new)
-        if self._arrivals.apply(self._watcher.take_events(), log_paths(self.path)):
+        chain = [successor for successor in chain if not successor.file.same_file(new)]
+        if self._arrivals.apply(self._watcher.take_events()):
             return True  # renamed while they were opened: look again
         successors = [*chain, Successor(new, "rotated", gap)]
         if not self._found:
             self._adopt(successors.pop(0).file)
         self._enqueue(successors)
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(log_paths(self.path))
         return True
 
     def _adopt(self, file: LogFile) -> None:
@@ -1310,7 +1337,7 @@ class LogFollower:
         self._watcher.forget_file(self.current)
         self.current.replace_descriptor(file)
         self._watcher.watch_file(self.current)
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(log_paths(self.path))
         self._found = True
         self._report_ok()
 
@@ -1320,7 +1347,8 @@ class LogFollower:
             if not successor.file.end and (end := self._published.published_end(successor.file)):
                 successor.file.record_published(end)
         self._pending.extend(successors)
-        self._published.add_present(rotated_files(self.path))
+        self._published.add_present(self._listed)
+        self._listed = []
         self._arrivals.created.clear()
         self._watcher.stalled = False
         self._report_ok()
@@ -1329,6 +1357,7 @@ class LogFollower:
         """Make the next file the log; the open one is read to its end and then drained."""
         old, new = self.current, successor.file
         self._published.add(old)
+        new.sequence = old.sequence + 1
         if not new.same_file(old):
             self._drain(old)
         self.draining.pop(new, None)
@@ -1344,7 +1373,8 @@ class LogFollower:
             arrived = self._arrivals.visits() + self._arrivals.copies_of_last()
             return await self._open_successors(arrived, "")
 
-        rotated = [name for name in rotated_files(self.path) if name.identity != new.identity]
+        self._listed = rotated_files(self.path)
+        rotated = [name for name in self._listed if name.identity != new.identity]
         unseen = [name for name in rotated if self._is_unseen(name)]
         if not self._found:
             names, gap = successors_of(None, unseen)
@@ -1399,10 +1429,10 @@ class LogFollower:
         """Take in rotated files that were the log before anything of it was read."""
         if self.current.end or self._pending or not self._found:
             return False
-        self._arrivals.apply(self._watcher.take_events(), log_paths(self.path))
+        self._arrivals.apply(self._watcher.take_events())
         if not self._arrivals.created and self._arrivals.reliable and self._watcher.works:
             return False
-        rotated = rotated_files(self.path)
+        rotated = self._listed = rotated_files(self.path)
         renamed = any(name.identity == self.current.identity for name in rotated)
         unseen = [name for name in rotated if name.size and self._is_unseen(name)]
         if renamed or not unseen:
@@ -1417,6 +1447,14 @@ class LogFollower:
         self._enqueue([*chain[1:], Successor(own, "truncated", gap)])
         return True
 
+    def known_gap(self, older: Identity, newer: Identity) -> str:
+        """Return why lines are missing between two files, by identity, if this process knows it."""
+        sequences = self._published.sequences | {self.current.identity: self.current.sequence}
+        first, second = sequences.get(older, 0), sequences.get(newer, 0)
+        if first and second > first + 1:
+            return "a file that was the log in between is gone"
+        return ""
+
     # Cuts and rewrites
 
     async def _handle_rewrite(self) -> bool:
@@ -1427,7 +1465,7 @@ class LogFollower:
             return False
 
         copies, gap = await self._copies()
-        if self._arrivals.apply(self._watcher.take_events(), log_paths(self.path)):
+        if self._arrivals.apply(self._watcher.take_events()):
             return True
         if copies:
             own = Successor(old.duplicate(), "truncated", gap)
@@ -1437,6 +1475,7 @@ class LogFollower:
 
         change, start = old.change()
         new = old.duplicate()
+        new.sequence = old.sequence
         new.record_published(start)
         if change in ("cut", "edited"):  # what is before it can still be read by those who lag
             for file in [*self.names.same_inode(old), old]:
@@ -1451,7 +1490,6 @@ class LogFollower:
 
     def _begin_generation(self, start: int, reason: str, gap: str) -> None:
         self._watcher.watch_file(self.current)
-        self.current.sequence = self.tail.file.sequence + 1
         self.current.began = reason, gap
         self.current.last_growth_s = time.monotonic()
         self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
@@ -1496,7 +1534,7 @@ class LogFollower:
         """Return files that appeared beside the log and may be copies of it, the oldest first."""
         if self._watcher.works and self._arrivals.reliable:
             return self._arrivals.candidates()
-        rotated = rotated_files(self.path)
+        rotated = self._listed = rotated_files(self.path)
         ours = [name.identity == self.current.identity for name in rotated]
         if True in ours:  # what is newer than our file comes after it, not after its copy
             rotated = rotated[ours.index(True) + 1 :]
@@ -1617,15 +1655,21 @@ def missing_between(older: RotatedName | None, newer: RotatedName | None) -> str
     return f"rotated file number {number - 1} is missing"
 
 
+UNKNOWN_FILE = Fingerprint(), (0, 0)
+
+
 class PublishedFiles:
     """Files that were published, or lay beside the log at the start: never published again."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[Fingerprint, int]] = {}  # with the time of change
+        self.sequences: dict[Identity, int] = {}  # in which order they were the log
+        # How far each was published, and what tells it from a later file in the same inode.
+        self._known: dict[Identity, tuple[Fingerprint, tuple[int, int]]] = {}
         self._held: list[tuple[float, weakref.ref[LogFile]]] = []  # since when
 
     def add(self, file: LogFile) -> None:
         """Note a file that is no longer the log, up to where it was published."""
+        self.sequences[file.identity] = file.sequence
         self._remember(file)
         self._held.append((time.monotonic(), weakref.ref(file)))
 
@@ -1642,18 +1686,23 @@ class PublishedFiles:
     def _remember(self, file: LogFile) -> None:
         self._known.pop(file.identity, None)
         with contextlib.suppress(OSError):
-            self._known[file.identity] = file.fingerprint, file.status().st_mtime_ns
+            marks = file.inode_version(), file.status().st_mtime_ns
+            self._known[file.identity] = file.fingerprint, marks
         if len(self._known) > 1024:
-            del self._known[next(iter(self._known))]
+            oldest = next(iter(self._known))
+            del self._known[oldest]
+            self.sequences.pop(oldest, None)
 
     def published_end(self, file: LogFile) -> int:
         """Return how far this file was published; 0 if it never was, or is another one.
 
-        The number of an inode is given again: the bytes decide, of a short file its time too.
+        The number of an inode is given again: its version and the bytes decide, or the time.
         """
-        fingerprint, mtime_ns = self._known.get(file.identity, (Fingerprint(), 0))
+        fingerprint, (version, mtime_ns) = self._known.get(file.identity, UNKNOWN_FILE)
         if not fingerprint.end or not file.starts_with(fingerprint):
             return 0
+        if version or file.inode_version():
+            return fingerprint.end if version == file.inode_version() else 0
         same_time = file.status().st_mtime_ns == mtime_ns
         return fingerprint.end if same_time or fingerprint.end >= FINGERPRINT_BYTES else 0
 
@@ -1854,19 +1903,18 @@ class Arrivals:
     Read off the kernel's events, in their order, so that a scheme of renaming needs no known names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, paths_of_log: tuple[str, str]) -> None:
+        self._paths_of_log = paths_of_log
         self.reliable = True  # no event since the last switch was lost
         self.created: list[TrackedName] = []  # other files: a copy of the log may be among them
         self._visitors: list[TrackedName] = []  # were at the log's path, one after the other
         self._moving: dict[int, list[TrackedName]] = {}
-        self._real_path = ""
 
     def forget_visits(self) -> None:
         self._visitors.clear()
 
-    def apply(self, events: list[NameEvent], paths_of_log: tuple[str, str]) -> bool:
+    def apply(self, events: list[NameEvent]) -> bool:
         """Follow the names through these events. Return True if a file of interest has another."""
-        self._real_path = paths_of_log[1]
         before = [(name, name.path) for name in self._visitors + self.created]
         for event in events:
             if event.mask & Q_OVERFLOW:
@@ -1874,7 +1922,7 @@ class Arrivals:
             elif event.mask & (MOVED_FROM | DELETE):
                 self._leave(event)
             elif event.mask & (MOVED_TO | CREATE):
-                self._come(event, paths_of_log)
+                self._come(event)
         del self.created[:-256]
         return before != [(name, name.path) for name in self._visitors + self.created]
 
@@ -1899,16 +1947,17 @@ class Arrivals:
                 visitor.path = name.path
                 return
 
-    def _come(self, event: NameEvent, paths_of_log: tuple[str, str]) -> None:
+    def _come(self, event: NameEvent) -> None:
         for name in self._visitors + self.created:
             if name.path == event.path:
                 name.path = ""  # replaced
         known = event.mask & MOVED_TO and event.cookie in self._moving  # it was in a folder before
         moved = self._moving.pop(event.cookie, []) if event.mask & MOVED_TO else []
+
         for name in moved:
             name.path = event.path
         arrived = moved[0] if moved else TrackedName(event.path)
-        if event.path in paths_of_log:
+        if event.path in self._paths_of_log:
             arrived.created_before = len(self.created)
             self._visitors.append(arrived)
         elif not known:
@@ -1922,8 +1971,9 @@ class Arrivals:
         """Return the present paths of the files before the last one, as (path, gap before it)."""
         earlier = [name.path for name in self._visitors[:-1]]
         paths = [path for path in earlier if not is_other_kind(path)]
-        if not all(paths) and self._visitors[-1].path != self._real_path:
-            paths = self._links_led_to()
+        target = real_path(self._paths_of_log[0])
+        if not all(paths) and target != self._paths_of_log[0]:
+            paths = self._links_led_to(target)
         return [(path, "") for path in paths]
 
     def copies_of_last(self) -> list[tuple[str, str]]:
@@ -1935,12 +1985,12 @@ class Arrivals:
         rotated = [path for path in candidates if is_rotated_name(log_name, path)]
         return [(path, "") for path in rotated]
 
-    def _links_led_to(self) -> list[str]:
+    def _links_led_to(self, target: str) -> list[str]:
         """Return the files that a link led to in between, named like the one it leads to now."""
-        shape = shape_of(self._real_path)
+        shape = shape_of(target)
         paths = [name.path for name in self.created if shape_of(name.path) == shape]
-        if self._real_path in paths:
-            return paths[: paths.index(self._real_path)]
+        if target in paths:
+            return paths[: paths.index(target)]
         return paths
 
     def candidates(self) -> list[str]:
@@ -2065,7 +2115,8 @@ class Resumer:
             nowhere = "the file that was read before is nowhere beside the log"
             return Chain(owners, newer, self.follower.current.began[1] if newer else nowhere)
         others = [name for name in names if name is not ours]
-        return await self._open_newer(owners, *successors_of(ours, others), found, patient)
+        plan, last_gap = successors_of(ours, others)
+        return await self._open_newer(owners, newest, plan, last_gap, found, patient)
 
     async def _open_owners(
         self,
@@ -2120,6 +2171,7 @@ class Resumer:
     async def _open_newer(
         self,
         owners: dict[str, LogFile],
+        newest: LogFile | None,
         plan: list[tuple[str, str]],
         last_gap: str,
         found: dict[str, LogFile],
@@ -2129,6 +2181,7 @@ class Resumer:
         newer: list[Successor] = []
         pending_gap, left_bytes = "", MAX_DECOMPRESSED
         names = {name.path: name for name in rotated_files(self.follower.path)}
+        before = newest.identity if newest else (0, 0)
 
         for path, gap in plan:
             try:
@@ -2137,11 +2190,13 @@ class Resumer:
                 if path not in found:
                     found[path] = await self._open_named(names[path], left_bytes)
                     left_bytes -= found[path].size if names[path].compressed else 0
-                newer.append(Successor(found[path], "rotated", pending_gap or gap))
-                pending_gap = ""
+                gap = pending_gap or gap or self.follower.known_gap(before, names[path].identity)
+                newer.append(Successor(found[path], "rotated", gap))
+                before, pending_gap = names[path].identity, ""
             except OSError as error:
                 pending_gap = f"{os.path.basename(path)} {problem_of(error)}"
-        return Chain(owners, newer, pending_gap or last_gap)
+        known_gap = self.follower.known_gap(before, self.follower.current.identity)
+        return Chain(owners, newer, pending_gap or last_gap or known_gap)
 
     async def _open_named(self, name: RotatedName, most_bytes: int) -> LogFile:
         if name.compressed:
@@ -3484,7 +3539,9 @@ class History:
         done = await self.grep(search, group_edges(edges), math.inf, read_counts)
         start = done[-1].start if done else edges[0]
         counts = [matches for piece in done for matches in reversed(piece.found)]
-        stretches = merge_stretches(search.size, number, edges, counts)
+        counted = zip(itertools.pairwise(edges), counts, strict=False)
+        parts_counted = [[low, high, matches] for (high, low), matches in counted]
+        stretches = merge_parts(search.size, number, parts_counted)
         return {"stretches": stretches, **coverage(search, done, start, edges[0])}
 
     async def prepare(self, file: LogFile, query: Query, options: str) -> Search:
@@ -3678,12 +3735,12 @@ def group_edges(edges: Edges) -> list[Edges]:
     return pieces if len(edges) > 1 else []
 
 
-def merge_stretches(size: int, number: int, edges: Edges, counts: list[int]) -> list[Stretch]:
+def merge_parts(size: int, number: int, parts: list[Stretch]) -> list[Stretch]:
     """Return the stretches of which these parts were counted, the newest first."""
     stretches: list[Stretch] = []
     last = -1
-    for (end, start), matches in zip(itertools.pairwise(edges), counts, strict=False):
-        # A range begins in the line that holds its border, so that its last byte is behind that.
+    for start, end, matches in parts:
+        # A part begins in the line that holds its border: its last byte is behind that.
         stretch = (end - 1) * number // size
         if stretch != last:
             stretches.append([end, end, 0])
@@ -3959,9 +4016,9 @@ def timeline(
 
     known = []
     for at in offsets:
-        seconds = time_format.time_of(file.read_bytes(at, at + HEAD_BYTES), at)
-        if seconds is not None:
-            known.append((at, seconds))
+        time_s = time_format.time_of(file.read_bytes(at, at + HEAD_BYTES), at)
+        if time_s is not None:
+            known.append((at, time_s))
     times = dict(plausible_times(known, time.time()))
     return {
         "size": size,
@@ -3994,9 +4051,9 @@ def seek(
 
     # A little further, so that the last line has its neighbours too.
     lines = timed_lines(file, time_format, low, high + 4 * KIB, cancelled)
-    for at, seconds in plausible_times(list(lines), now_s):
-        if seconds >= wanted_s and at < high:
-            found = at, seconds
+    for at, time_s in plausible_times(list(lines), now_s):
+        if time_s >= wanted_s and at < high:
+            found = at, time_s
             break
     return {"offset": found[0], "time": found[1]}
 
@@ -4010,9 +4067,9 @@ def timed_lines(
     while at < min(end, size) and not cancelled.is_set():
         data = file.read_data(at, min(size, at + TIMES_BYTES))
         length = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
-        for line, seconds in time_format.times_in(data[:length] or data, at):
+        for line, time_s in time_format.times_in(data[:length] or data, at):
             if at + line < end:
-                yield at + line, seconds
+                yield at + line, time_s
         at = at + length if length else next_line(file, at, end)
 
 
@@ -4028,7 +4085,7 @@ FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
 
 
 class PastFile(NamedTuple):
-    """What is known of a rotated file, by one small read; `size` and `last` are None until it is unpacked."""
+    """What is known of a rotated file; `size` and `last` are None before it is unpacked."""
 
     key: FileKey
     path: str
@@ -4163,7 +4220,8 @@ class FileSet:
         try:
             return job.result()
         except OSError as error:
-            raise HTTPError(422, f"{file_name(past.path)}: {error.strerror}") from None
+            why = error.strerror or "is damaged"
+            raise HTTPError(422, f"{file_name(past.path)}: {why}") from None
 
     async def unpack(self, past: PastFile) -> LogFile:
         async with self.places:
@@ -4181,7 +4239,7 @@ class FileSet:
         done.sort(key=self.used_s.__getitem__)
         for number, key in enumerate(done):
             unused = time.monotonic() - self.used_s[key] > KEEP_S
-            many = len(done) - number >= MAX_DECOMPRESSED
+            many = len(done) - number >= MAX_UNPACKED
             if not (unused or many or size > MAX_UNPACKED_BYTES):
                 break
             size -= job_bytes(self.unpacking.pop(key))
@@ -4213,6 +4271,8 @@ def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
     with tempfile.TemporaryFile() as copy:
         copy.write(first_bytes(rotated.path, TIMES_BYTES))
         copy.flush()
+        modified_ns = os.stat(rotated.path).st_mtime_ns
+        os.utime(copy.fileno(), ns=(modified_ns, modified_ns))  # a stamp may need its year
         return LogFile(os.dup(copy.fileno()))
 
 
@@ -4777,7 +4837,7 @@ CONFIRM_S = 1.5  # from a suspicion to the second read: a rotation takes less
 RECEIPT_S = 5.0  # a receipt that takes longer is collected by a later request
 TICKET_S = 120.0  # and is kept so long for it
 MAX_TICKETS = 2000
-LATE_LINES_S = 40.0  # a rotated file that grows later is sealed again
+LATE_LINES_S = 31.0  # a rotated file that grows later is sealed again
 LAST_ANCHOR_S = 0.3  # of the stop
 ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
 CLOCK_S = 60.0  # a rotation is noticed, and an entry written, at most so late
@@ -4955,8 +5015,7 @@ class Proof:
                     tasks.create_task(work())
                 tasks.create_task(self.history.flush_forever())
                 while True:
-                    checker, successor = await self.retired.get()
-                    tasks.create_task(self.finish_generation(checker, successor))
+                    tasks.create_task(self.finish_generation(*await self.retired.get()))
         finally:
             self.history.flush()
             await self.write_last_anchor()
