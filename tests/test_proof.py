@@ -317,7 +317,7 @@ def test_a_review_is_a_line_on_standard_output(serve: Serve, log: Path) -> None:
     assert status == 200 and answer["sha256"] == sha256sum(log)
     assert answer["line"] in server.output().splitlines()
     assert receipts_in(answer["line"])[0][6:] == ("reviewed_by", "127.0.0.1")
-    assert "event=review client=127.0.0.1" in server.errors()
+    assert "event=review client=127.0.0.1" in "\n".join(server.record())
 
 
 def test_what_a_person_did_is_recorded(serve: Serve, log: Path) -> None:
@@ -329,7 +329,7 @@ def test_what_a_person_did_is_recorded(serve: Serve, log: Path) -> None:
     )
 
     assert (status, body) == (204, b"") and headers["Content-Length"] is None
-    assert r'event=exported client=127.0.0.1 detail="2 \"files\"\n"' in server.errors()
+    assert r'event=exported client=127.0.0.1 detail="2 \"files\"\n"' in "\n".join(server.record())
     assert server.get("/api/record?event=else", method="POST")[0] == 400
     assert server.get(f"/api/record?event=accepted&detail={'x' * 501}", method="POST")[0] == 400
 
@@ -344,7 +344,7 @@ def test_reads_and_searches_are_recorded(serve: Serve, log: Path) -> None:
         assert server.get("/api/search?q=%22entry+1%22")[0] == 200
     server.stop()
 
-    errors = server.errors()
+    errors = "\n".join(server.record())
     assert errors.count(r'event=search client=127.0.0.1 query="\"entry 1\""') == 1
     assert "event=read client=127.0.0.1 bytes=3000 offsets=0-2000,9000-10000" in errors
 
@@ -507,7 +507,7 @@ def test_an_alarm_stays_until_somebody_accepts_it(serve: Serve, view: View, log:
     assert server.get("/api/record?event=accepted&detail=redacted", method="POST")[0] == 204
 
     viewer.wait(lambda viewer: viewer.of("proof")[-1]["state"] == "ok")
-    assert 'event=accepted client=127.0.0.1 detail="redacted"' in server.errors()
+    assert 'event=accepted client=127.0.0.1 detail="redacted"' in "\n".join(server.record())
 
 
 def test_a_flipped_bit_in_memory_is_cleared_by_the_second_read(
