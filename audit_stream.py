@@ -434,13 +434,21 @@ class LogFile:
     # Cursors
 
     def cursor_part(self, offset: int, hint: str = "") -> str:
-        """Return OFFSET.HINTPROOF: the inode as a hint, and 12 bytes that prove it and the log."""
+        """Return OFFSET.HINTHEADPROOF: the inode as a hint, how the file begins, and a proof of all."""
         if not hint:
             hint = short_hash(b"%d:%d" % self.identity)[:4]
         published = self.fingerprint
         if offset != published.end:
             published = self.fingerprint_at(offset)
-        return f"{offset}.{hint}{short_hash(published.head + published.tail + hint.encode())}"
+        head = short_hash(published.head[:LIFE_BYTES])[:4]
+        return f"{offset}.{hint}{head}{short_hash(published.head + published.tail + hint.encode())}"
+
+    def may_become(self, part: str) -> bool:
+        """Return True if this file, once it is longer, may be the one of the cursor."""
+        offset, _, proof = part.partition(".")
+        length = min(int(offset), LIFE_BYTES)
+        head = self.read_bytes(0, length)
+        return len(head) < length or short_hash(head)[:4] == proof[4:8]
 
     def validates(self, part: str) -> bool:
         """Return True if the bytes are those of the cursor, whichever inode they are in."""
@@ -450,6 +458,7 @@ class LogFile:
         return self.cursor_part(int(offset), proof[:4]) == part
 
 
+LIFE_BYTES = 64  # of a file tell it from the file before it
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -543,7 +552,7 @@ def generation_name(start: bytes) -> str:
 COMPRESSED: dict[str, Callable[..., Any]]
 COMPRESSED = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 DATE = r"(?:(?:19|20|21)\d\d[-_.:T\d]*\d|\d{9,11})"
-TIME_SLACK_S = 2.0  # a compressed file bears a time shortly before its last line
+PLAIN_SLACK_S, COMPRESSED_SLACK_S = 0.02, 1.0  # a compressed file's time is before its last line
 
 
 class ParsedName(NamedTuple):
@@ -929,7 +938,7 @@ def parse_cursor(cursor: str) -> list[str] | None:
     """Return its parts, the oldest file first; [] if nothing was sent yet, None for nonsense."""
     if cursor == EMPTY_CURSOR:
         return []
-    part = r"[1-9]\d{0,17}\.[\w-]{20}"
+    part = r"[1-9]\d{0,17}\.[\w-]{24}"
     parts = re.fullmatch(f"{part}(?:~{part}){{0,63}}", cursor, re.ASCII)
     return cursor.split("~") if parts else None
 
@@ -1116,6 +1125,8 @@ class LogFollower:
         """
         async with self._check_lock:
             try:
+                if not self.current.end and self._found and await self._find_unseen():
+                    return True
                 if self.publish_new_bytes(self.current):
                     return True  # broadcast first, look around afterwards
                 if self._drain_rotated():
@@ -1210,8 +1221,6 @@ class LogFollower:
         self._published.release_old(self.draining)
         if not self.current.is_unchanged():
             return await self._handle_rewrite()
-        if not self.current.end and self._found and await self._find_unseen():
-            return True
 
         try:
             new = self._other_file()
@@ -1354,6 +1363,8 @@ class LogFollower:
                 pending_gap = f"{name} {problem_of(error)}"
                 continue
 
+            if file.same_file(self.current):
+                continue  # it came back, and is drained
             if compression_of(path):
                 left_bytes -= file.size
             successors.append(Successor(file, "rotated", pending_gap or gap))
@@ -1362,6 +1373,7 @@ class LogFollower:
 
     async def _find_unseen(self) -> bool:
         """Take in rotated files that were the log before anything of it was read."""
+        self._arrivals.apply(self._watcher.take_events(), log_paths(self.path))
         if not self._arrivals.created and self._arrivals.reliable and self._watcher.works:
             return False
         unseen = [name for name in rotated_files(self.path) if self._is_unseen(name) and name.size]
@@ -1390,8 +1402,7 @@ class LogFollower:
         if self._arrivals.apply(self._watcher.take_events(), log_paths(self.path)):
             return True
         if copies:
-            ahead = copies[-1].file.size > old.end
-            own = Successor(old.duplicate(), "truncated", gap or self._doubt(ahead))
+            own = Successor(old.duplicate(), "truncated", gap)
             self._reread(copies[0].file)
             self._enqueue([*copies[1:], own])
             return True
@@ -1421,9 +1432,9 @@ class LogFollower:
         self.names.assign(self.current)
         self.on_generation()
 
-    def _doubt(self, ahead: bool = False) -> str:
+    def _doubt(self) -> str:
         """Return why lines may be missing that were written just before a cut; "" if hardly any."""
-        if ahead or self._watcher.stalled or not self._watcher.works:
+        if self._watcher.stalled or not self._watcher.works:
             return "nobody can know what was written between the last look and the cut"
         return ""
 
@@ -1549,15 +1560,21 @@ def contradicting(
     """Return where names and times of change contradict each other, in words; "" if nowhere."""
     written_s = ours.modified_s if ours and ours.size else 0.0
     for name in newer:
-        if name.size and name.modified_s < written_s - TIME_SLACK_S:
+        if name.size and name.modified_s < written_s - slack_s(name, ours):
             return f"name and time of change of {os.path.basename(name.path)} contradict each other"
         written_s = max(written_s, name.modified_s if name.size else 0.0)
 
     for name in unseen:
-        later = ours and name.size and name.modified_s > ours.modified_s + TIME_SLACK_S
-        if later and name is not ours and name not in newer:
+        if not ours or not name.size or name is ours or name in newer:
+            continue
+        if name.modified_s > ours.modified_s + slack_s(name, ours):
             return f"{os.path.basename(name.path)} may have been the log in between"
     return ""
+
+
+def slack_s(name: RotatedName, ours: RotatedName | None) -> float:
+    compressed = name.compressed or (ours and ours.compressed)
+    return COMPRESSED_SLACK_S if compressed else PLAIN_SLACK_S
 
 
 def missing_between(older: RotatedName | None, newer: RotatedName | None) -> str:
@@ -1794,6 +1811,7 @@ class TrackedName:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.created_before = 0  # how many other files had appeared when it became the log
 
 
 class Arrivals:
@@ -1828,13 +1846,24 @@ class Arrivals:
 
     def _leave(self, event: NameEvent) -> None:
         named = [name for name in self._visitors + self.created if name.path == event.path]
+        if event.mask & DELETE and named and named[-1] in self._visitors:
+            self._rename_to_copy(named[-1])
         if event.mask & MOVED_FROM:
             self._moving[event.cookie] = named
         packed = [name for name in self.created if is_compressed_name(name.path, event.path)]
         for name in named:
-            name.path = packed[-1].path if event.mask & DELETE and packed else ""
+            if name.path == event.path:
+                name.path = packed[-1].path if event.mask & DELETE and packed else ""
         if event.mask & DELETE and not named:  # an older file was compressed
             self.created = [name for name in self.created if name not in packed]
+
+    def _rename_to_copy(self, visitor: TrackedName) -> None:
+        """Follow a file that was linked or copied to a rotated name, and is removed now."""
+        log_name = os.path.basename(visitor.path)
+        for name in reversed(self.created[visitor.created_before :]):
+            if name.path and parse_rotated_name(log_name, os.path.basename(name.path)):
+                visitor.path = name.path
+                return
 
     def _come(self, event: NameEvent, paths_of_log: tuple[str, str]) -> None:
         for name in self._visitors + self.created:
@@ -1846,6 +1875,7 @@ class Arrivals:
             name.path = event.path
         arrived = moved[0] if moved else TrackedName(event.path)
         if event.path in paths_of_log:
+            arrived.created_before = len(self.created)
             self._visitors.append(arrived)
         elif not known:
             self.created.append(arrived)
@@ -1948,8 +1978,10 @@ class Resumer:
                 await self.follower.next_check.wait()
             elif not parts or parts[-1] in chain.owners:
                 return self._link_segments(parts, chain)
+            elif offset_of(parts[-1]) > current.size and current.may_become(parts[-1]):
+                return "ahead"
             else:
-                return "ahead" if offset_of(parts[-1]) > current.size else "changed"
+                return "changed"
         raise AssertionError
 
     def _is_ahead_of_reader(self, chain: Chain) -> bool:
@@ -3310,15 +3342,16 @@ MAX_MATCH_TEXT, MAX_ANSWER_TEXT = 16 * KIB, MIB
 SEARCH_S = 3.0  # of one call
 FIRST_PIECE_S = 5.0  # a search that does not get through its first piece is too expensive
 SEARCH_BYTES = 256 * MIB  # of one call
-# One grep each, the newest first: a frequent word costs no more than the first one.
-PIECES = [MIB, 4 * MIB, 16 * MIB, *[32 * MIB] * 8]
+# Each for one grep, the newest first: a frequent word costs no more than the first one.
+PIECES_BYTES = [MIB, 4 * MIB, 16 * MIB, *[32 * MIB] * 8]
+MAX_INPUTS = 32  # pipes to one grep
 SCAN_S = 5.0
 TIMES_BYTES = 64 * KIB
 
 ByteRange = tuple[int, int]
 Answer = dict[str, Any]
 Query = dict[str, str]
-Lines = Iterator[tuple[int, bytes]]  # where they begin, and many at a time
+Edges = list[int]  # of adjacent ranges, the end of the newest one first
 Fed = list[ByteRange]  # of the file, what a grep got: it counts only these bytes
 Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
 Work = Callable[..., T]
@@ -3374,45 +3407,44 @@ class History:
     async def search(self, file: LogFile, query: Query) -> Answer:
         """Return the newest matching lines, and how far the search came. Raises HTTPError."""
         limit = int_parameter(query, "limit", 200, 1, 1000)
-        search = await self.prepare(file, query)
+        search = await self.prepare(file, query, "-abP")
         edges = await self.in_pool(line_starts, search, piece_ends(search.before))
+        pieces = [[end, start] for end, start in itertools.pairwise(edges)]
 
-        pieces = await self.grep(search, edges, limit, functools.partial(read_matches, limit))
-        found = [match for piece in reversed(pieces) for match in piece.found][-limit:]
+        done = await self.grep(search, pieces, limit, functools.partial(read_matches, limit))
+        found = [match for piece in reversed(done) for match in piece.found][-limit:]
         matches = await self.in_pool(match_texts, file, found)
 
-        start = reached(pieces, edges)
+        start = done[-1].start if done else edges[0]
         if len(found) == limit or len(matches) < len(found):
             start = matches[0]["start"]
-        return {"matches": matches, **coverage(search, pieces, start, edges[0])}
+        return {"matches": matches, **coverage(search, done, start, edges[0])}
 
     async def count(self, file: LogFile, query: Query) -> Answer:
         """Return how many lines of each stretch match, and how far it came. Raises HTTPError."""
         number = int_parameter(query, "stretches", 200, 1, 400)
-        search = await self.prepare(file, query)
-        edges, starts = await self.in_pool(stretch_edges, search, number)
+        search = await self.prepare(file, query, "-achP")
+        # A stretch that is larger than a piece is counted in parts.
+        parts = 1 + search.size // number // PIECES_BYTES[-1]
+        edges = await self.in_pool(stretch_edges, search, number, parts)
 
-        pieces = await self.grep(search, edges, math.inf, functools.partial(count_matches, starts))
-        counts = sum((piece.found for piece in pieces), collections.Counter[int]())
-        start = reached(pieces, edges)
-        stretches = [
-            (max(start, low), high, counts[low])
-            for low, high in itertools.pairwise(starts)
-            if high > start
-        ]
-        covered = coverage(search, pieces, start, edges[0])
-        return {"stretches": stretches[::-1], **covered}
+        done = await self.grep(search, group_edges(edges), math.inf, read_counts)
+        start = done[-1].start if done else edges[0]
+        counts = [matches for piece in done for matches in reversed(piece.found)]
+        stretches = merge_stretches(search.size, number, edges, counts)
+        return {"stretches": stretches, **coverage(search, done, start, edges[0])}
 
-    async def prepare(self, file: LogFile, query: Query) -> Search:
-        """Return what a query asks for. Raises HTTPError."""
+    async def prepare(self, file: LogFile, query: Query, options: str) -> Search:
+        """Return what a query asks for, and how grep answers it. Raises HTTPError."""
         size = file.size
         before = min(size, int_parameter(query, "before", size, 0, 1 << 62))
-        case = query.get("case") == "1"
-        pattern = await self.in_pool(grep_pattern, file, query.get("q", ""), case)
+        if query.get("case") != "1":
+            options += "i"
+        pattern = await self.in_pool(grep_pattern, file, query.get("q", ""), options)
         return Search(file, size, before, pattern)
 
     async def grep(
-        self, search: Search, edges: list[int], enough: float, read: Reader
+        self, search: Search, pieces: list[Edges], enough: float, read: Reader
     ) -> list[Piece]:
         """Return the pieces that were searched, the newest first. Raises HTTPError."""
         try:
@@ -3422,15 +3454,15 @@ class History:
 
         counters["searches_total"] += 1
         begun = time.monotonic()
-        waiting = collections.deque(itertools.pairwise(edges))
+        waiting = collections.deque(pieces)
         running: collections.deque[asyncio.Task[Piece]] = collections.deque()
         done: list[Piece] = []
         try:
             while (waiting or running) and sum(len(piece.found) for piece in done) < enough:
                 # The first piece is searched alone: often that is enough, or already too much.
                 while waiting and len(running) < (self.cores if done else 1):
-                    end, start = waiting.popleft()
-                    running.append(asyncio.create_task(self.grep_piece(search, start, end, read)))
+                    work = self.grep_piece(search, waiting.popleft(), read)
+                    running.append(asyncio.create_task(work))
 
                 limit_s = SEARCH_S if done else FIRST_PIECE_S
                 await asyncio.wait([running[0]], timeout=begun + limit_s - time.monotonic())
@@ -3443,18 +3475,17 @@ class History:
             await asyncio.gather(*running, return_exceptions=True)
             self.search_places.release()
 
-        if len(edges) > 1 and not done:
+        if pieces and not done:
             raise HTTPError(422, TOO_EXPENSIVE)
         return done
 
-    async def grep_piece(self, search: Search, start: int, end: int, read: Reader) -> Piece:
-        """Search the lines between two offsets. Raises HTTPError."""
-        process, pattern_fd = start_grep(search.pattern)
-        assert process.stdin and process.stdout
+    async def grep_piece(self, search: Search, edges: Edges, read: Reader) -> Piece:
+        """Search the lines between these offsets. Raises HTTPError."""
+        process, pipes = start_grep(search.pattern, len(edges) - 1)
+        assert process.stdout
         fed: Fed = []
-        lines = whole_lines(search, start, end)
-        # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
-        feeding = self.in_pool(feed_grep, search.pattern, pattern_fd, lines, process.stdin, fed)
+        # Each thread owns ends of pipes and closes them; ending the process is what ends both.
+        feeding = self.in_pool(feed_grep, search, edges, pipes, fed)
         reading = self.in_pool(read, process.stdout, fed)
         try:
             await asyncio.wait([feeding, reading])
@@ -3468,7 +3499,7 @@ class History:
         if process.returncode not in (0, 1):  # 2: the limits of PCRE, or no PCRE; negative: ours
             raise await self.in_pool(grep_failure)
         feeding.result()
-        return Piece(start, fed, reading.result())
+        return Piece(edges[-1], fed, reading.result())
 
     def in_pool(self, work: Work[T], *args: Any) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
@@ -3549,13 +3580,12 @@ class Piece(NamedTuple):
     found: Any
 
 
-def grep_pattern(file: LogFile, query: str, case: bool) -> Pattern:
+def grep_pattern(file: LogFile, query: str, options: str) -> Pattern:
     """Return what grep has to look for. Raises HTTPError."""
     terms = parse_query(query)
     if encoding := utf16_name(file.read_bytes(0, FINGERPRINT_BYTES)):
         raise HTTPError(422, f"the log is {encoding}: only UTF-8 can be searched")
 
-    options = "-abP" if case else "-abPi"
     first = terms[0]
     if len(terms) > 1 or first.exclude:
         each = (f"(?{'!' if term.exclude else '='}.*(?:{term.pattern}))" for term in terms)
@@ -3568,25 +3598,49 @@ def grep_pattern(file: LogFile, query: str, case: bool) -> Pattern:
 
 def piece_ends(before: int) -> list[int]:
     """Return where pieces end and begin, the newest first: at most SEARCH_BYTES."""
-    ends = [before - back for back in itertools.accumulate(PIECES, initial=0)]
+    ends = [before - back for back in itertools.accumulate(PIECES_BYTES, initial=0)]
     return [max(0, end, before - SEARCH_BYTES) for end in ends]
 
 
-def stretch_edges(search: Search, number: int) -> tuple[list[int], list[int]]:
-    """Return the edges of pieces, newest first, and of the stretches in them, oldest first."""
-    borders = [search.size * n // number for n in range(number + 1)]
-    ends = piece_ends(search.before)
-    if borders[1] < PIECES[-1]:  # let pieces, and so a call, end where stretches do
-        later = (borders[bisect.bisect_left(borders, end)] for end in ends[1:])
-        ends[1:] = [min(border, search.before) for border in later]
-
-    edges = line_starts(search, ends)
-    inner = [border for border in borders if edges[-1] < border < edges[0]]
-    starts = line_starts(search, [edges[0], *inner, edges[-1]])
-    return edges, starts[::-1]
+def stretch_edges(search: Search, number: int, parts: int) -> Edges:
+    """Return where the parts of stretches end and begin: at most SEARCH_BYTES."""
+    total = number * parts
+    borders = (-(-search.size * n // total) for n in range(total))
+    lowest = search.before - SEARCH_BYTES
+    inner = [border for border in borders if lowest <= border < search.before]
+    return line_starts(search, [search.before, *inner])
 
 
-def line_starts(search: Search, offsets: list[int]) -> list[int]:
+def group_edges(edges: Edges) -> list[Edges]:
+    """Return pieces, as large as those of a search, that end and begin at these edges."""
+    pieces = [edges[:1]]
+    sizes = itertools.chain(PIECES_BYTES, itertools.repeat(PIECES_BYTES[-1]))
+    enough = next(sizes)
+    for edge in edges[1:]:
+        piece = pieces[-1]
+        if piece[0] - piece[-1] >= enough or len(piece) > MAX_INPUTS:
+            pieces.append(piece[-1:])
+            enough = next(sizes)
+        pieces[-1].append(edge)
+    return pieces if len(edges) > 1 else []
+
+
+def merge_stretches(size: int, number: int, edges: Edges, counts: list[int]) -> list[list[int]]:
+    """Return start, end and matches of the stretches, the newest first."""
+    stretches: list[list[int]] = []
+    last = -1
+    for (end, start), matches in zip(itertools.pairwise(edges), counts, strict=False):
+        # A range begins in the line that holds its border, so that its last byte is behind that.
+        stretch = (end - 1) * number // size
+        if stretch != last:
+            stretches.append([end, end, 0])
+        stretches[-1][0] = start
+        stretches[-1][2] += matches
+        last = stretch
+    return stretches
+
+
+def line_starts(search: Search, offsets: list[int]) -> Edges:
     """Return the last line starts at or before these offsets, each once, the newest first."""
     starts = {line_before(search.file, offset, search.size) for offset in offsets}
     return sorted(starts, reverse=True)
@@ -3604,10 +3658,6 @@ def line_before(file: LogFile, offset: int, size: int) -> int:
     return offset
 
 
-def reached(pieces: list[Piece], edges: list[int]) -> int:
-    return pieces[-1].start if pieces else edges[0]
-
-
 def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answer:
     """Return what an answer says about how far it came, and what was not searched."""
     skipped = []
@@ -3622,30 +3672,35 @@ def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answe
     return covered | {"skipped": skipped} if skipped else covered
 
 
-def start_grep(pattern: Pattern) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a grep that waits for its lines, and for its pattern: no process list shows it."""
-    pattern_end, pattern_fd = os.pipe()
+def start_grep(pattern: Pattern, inputs: int) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """Start a grep that reads its pattern, unseen by a process list, and lines from pipes."""
+    pipes: list[tuple[int, int]] = []
     try:
+        while len(pipes) < 1 + inputs:
+            pipes.append(os.pipe())
+        child_ends = [child_end for child_end, _ in pipes]
+        files = [f"/dev/fd/{child_end}" for child_end in child_ends]
         process = subprocess.Popen(
-            ["grep", pattern.options, "-f", f"/dev/fd/{pattern_end}"],
+            ["grep", pattern.options, "-f", *files],
             bufsize=FEED_BYTES,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pass_fds=[pattern_end],
+            pass_fds=child_ends,
             env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)},
         )
-    except FileNotFoundError:
-        os.close(pattern_fd)
-        raise HTTPError(501, NO_PCRE) from None
     except OSError as error:
-        os.close(pattern_fd)
+        for _, our_end in pipes:
+            os.close(our_end)
+        if isinstance(error, FileNotFoundError):
+            raise HTTPError(501, NO_PCRE) from None
         raise HTTPError(503, f"no search can be started: {error.strerror}") from None
     finally:
-        os.close(pattern_end)
+        for child_end, _ in pipes:
+            os.close(child_end)
 
     limit_child(process.pid)
-    return process, pattern_fd
+    return process, [our_end for _, our_end in pipes]
 
 
 def limit_child(pid: int) -> None:
@@ -3671,27 +3726,24 @@ def grep_failure() -> HTTPError:
     return HTTPError(422, TOO_EXPENSIVE)
 
 
-def feed_grep(
-    pattern: Pattern,
-    pattern_fd: int,
-    lines: Lines,
-    pipe: IO[bytes],
-    fed: Fed,
-) -> None:
-    """Write the pattern and the lines, in a thread, and note which ranges these are."""
-    with contextlib.suppress(BrokenPipeError), pipe:
-        with open(pattern_fd, "wb") as pattern_pipe:
-            pattern_pipe.write(pattern.pcre)
+def feed_grep(search: Search, edges: Edges, pipes: list[int], fed: Fed) -> None:
+    """Write the pattern, and each range into its pipe; note in `fed` which bytes these are."""
+    mends = search.pattern.needs_valid_utf8
+    with contextlib.ExitStack() as stack, contextlib.suppress(BrokenPipeError):
+        files = [stack.enter_context(open(pipe, "wb", buffering=0)) for pipe in pipes]
+        files[0].write(search.pattern.pcre)
+        files[0].close()
 
-        for at, data in lines:
-            start = fed.pop()[0] if fed and fed[-1][1] == at else at
-            fed.append((start, at + len(data)))
-            if pattern.needs_valid_utf8:
-                data = replace_invalid_utf8(data)
-            os.write(pipe.fileno(), data)  # a pipe that blocks takes all
+        for start, end in itertools.pairwise(reversed(edges)):
+            file = files.pop(1)
+            for at, data in whole_lines(search, start, end):
+                first = fed.pop()[0] if fed and fed[-1][1] == at else at
+                fed.append((first, at + len(data)))
+                file.write(replace_invalid_utf8(data) if mends else data)
+            file.close()
 
 
-def whole_lines(search: Search, start: int, end: int) -> Lines:
+def whole_lines(search: Search, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """Yield offset and bytes of many lines at a time, without those over 1 MiB, and holes."""
     file, size = search.file, search.size
     at = next_line(file, start - 1, end) if start else 0
@@ -3753,22 +3805,10 @@ def matched_range(fed: Fed, offset: int, length: int) -> ByteRange:
     return start, min(start + length, fed[-1][1])  # grep ends the last line if nobody did
 
 
-def count_matches(starts: list[int], pipe: IO[bytes], fed: Fed) -> collections.Counter[int]:
-    """Count the lines that grep found, by the start of the stretch in which they are."""
-
-    def stretch_of(line: bytes) -> int:
-        offset = file_offset(fed, int(line[: line.index(b":")]))
-        return starts[bisect.bisect_right(starts, offset) - 1]
-
-    counts = collections.Counter[int]()
+def read_counts(pipe: IO[bytes], _: Fed) -> list[int]:
+    """Return how many lines grep counted in each range, the oldest first."""
     with pipe:
-        while lines := pipe.readlines(FEED_BYTES):
-            while lines:
-                stretch = stretch_of(lines[0])
-                number = bisect.bisect_right(lines, stretch, key=stretch_of)
-                counts[stretch] += number
-                del lines[:number]
-    return counts
+        return [int(line) for line in pipe]
 
 
 def file_offset(fed: Fed, offset: int) -> int:
@@ -4342,13 +4382,14 @@ SECOND = rb"(?P<second>\d\d)" + FRACTION
 CLOCK = rb"(?P<hour>\d\d?):(?P<minute>\d\d)(?::" + SECOND + rb")?(?!\d)" + HALF_AND_ZONE
 BASIC_CLOCK = rb"(?P<hour>\d\d)(?P<minute>\d\d)" + SECOND + HALF_AND_ZONE
 MONTH_NAME = rb"(?P<name>" + b"|".join(MONTHS) + rb")"
-YEAR_BEFORE = rb"(?:(?P<year>[12]\d{3}),? )?"
-YEAR_BEHIND = rb"(?: (?P<last>[12]\d{3})(?![\w.:-]))?"
+YEAR = rb"(?P<year>[12]\d{3})"
+YEAR_BEFORE = rb"(?:" + YEAR + rb",? )?"
+YEAR_BEHIND = rb"(?: (?P<year_behind>[12]\d{3})(?![\w.:-]))?"
 STAMPS = {
-    "ISO 8601": rb"(?P<year>[12]\d{3})-(?P<month>\d\d)-(?P<day>\d\d)[Tt _]" + CLOCK,
-    "ISO 8601 basic": rb"(?P<year>[12]\d{3})(?P<month>\d\d)(?P<day>\d\d)T" + BASIC_CLOCK,
-    "YYYY/MM/DD": rb"(?P<year>[12]\d{3})/(?P<month>\d\d)/(?P<day>\d\d) " + CLOCK,
-    "Common Log Format": rb"(?P<day>\d\d)[/ -]" + MONTH_NAME + rb"[/ -](?P<year>[12]\d{3})[: ]" + CLOCK,
+    "ISO 8601": YEAR + rb"-(?P<month>\d\d)-(?P<day>\d\d)[Tt _]" + CLOCK,
+    "ISO 8601 basic": YEAR + rb"(?P<month>\d\d)(?P<day>\d\d)T" + BASIC_CLOCK,
+    "YYYY/MM/DD": YEAR + rb"/(?P<month>\d\d)/(?P<day>\d\d) " + CLOCK,
+    "Common Log Format": rb"(?P<day>\d\d)[/ -]" + MONTH_NAME + rb"[/ -]" + YEAR + rb"[: ]" + CLOCK,
     "RFC 3164": MONTH_NAME + rb" [ 0]?(?P<day>\d\d?),? " + YEAR_BEFORE + CLOCK + YEAR_BEHIND,
     "auditd": rb"audit\((?P<epoch>\d{10}(?:\.\d{1,9})?):\d+\)",
     "klog": rb"[IWEF](?P<year>[12]\d{3})?(?P<month>\d\d)(?P<day>\d\d) " + CLOCK,
@@ -4451,20 +4492,21 @@ class TimeFormat:
 
     def date_years(self, samples: list[tuple[int, bytes]]) -> None:
         """Learn from lines spread over the log where each year begins, counted from its end."""
-        known = list[Timed]()
+        known = list[tuple[float, int, bytes]]()
         for at, line in samples:
             if (seconds := self.time_of(line)) is not None:
-                known.append((at, seconds))
+                known.append((seconds, at, line))
 
-        later = [*known[2:], self.latest[-1]]
+        later_s = [seconds for seconds, *_ in known[2:]]
+        later_s.append(self.latest[-1][1])
         in_order = known[:1]
-        for before, one, after in zip(known, known[1:], later, strict=False):
-            if is_in_season(before[1], one[1], after[1]):
+        for before, one, after_s in zip(known, known[1:], later_s, strict=False):
+            if is_in_season(before[0], one[0], after_s):
                 in_order.append(one)
 
-        for at, seconds in reversed(in_order):
-            next_s = self.latest[0][1]
-            self.latest.insert(0, (at, years_back(seconds, next_s)))
+        for _, at, line in reversed(in_order):
+            if (seconds := self.time_of(line, at)) is not None:
+                self.latest.insert(0, (at, seconds))
 
 
 def detect_time_format(file: LogFile, zone: datetime.tzinfo) -> TimeFormat | None:
@@ -4563,7 +4605,7 @@ def stamp_seconds(part: Parts, zone: datetime.tzinfo, latest_s: float) -> float 
     if own_zone is None or minute is None:
         return None
 
-    year = part["year"] or part.get("last")
+    year = part["year"] or part.get("year_behind")
     if year:
         start = minute_start(int(year), minute, own_zone)
     else:
@@ -4584,8 +4626,8 @@ def stated_minute(part: Parts) -> Minute | None:
 
 
 def latest_start(minute: Minute, zone: datetime.tzinfo, latest_s: float) -> float | None:
-    """Return the last time that a stamp without a year can mean, not much after `latest_s`."""
-    end_s = latest_s + 2 * DAY_S
+    """Return the last time that a stamp without a year can mean, up to a day after `latest_s`."""
+    end_s = latest_s + DAY_S
     last_year = time.gmtime(end_s).tm_year
     for year in range(last_year, last_year - 9, -1):  # February 29th may be 8 years ago
         start = minute_start(year, minute, zone)
@@ -4620,12 +4662,6 @@ def stated_zone(stated: bytes, zone: datetime.tzinfo) -> datetime.tzinfo | None:
 def is_in_season(before_s: float, one_s: float, after_s: float) -> bool:
     """Return False if the middle one, but for its year, is not between its neighbours."""
     return (one_s - before_s) % YEAR_S + (after_s - one_s) % YEAR_S < YEAR_S
-
-
-def years_back(seconds: float, latest_s: float) -> float:
-    while seconds > latest_s + 2 * DAY_S:
-        seconds -= YEAR_S
-    return seconds
 
 
 def plausible_times(times: list[Timed], now_s: float) -> list[Timed]:
@@ -4683,7 +4719,7 @@ RECEIPT_S = 5.0  # a receipt that takes longer is collected by a later request
 TICKET_S = 120.0  # and is kept so long for it
 MAX_TICKETS = 2000
 LATE_LINES_S = 40.0  # a rotated file that grows later is sealed again
-LAST_ANCHOR_S = 0.5  # of the stop
+LAST_ANCHOR_S = 0.3  # of the stop
 ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
 CLOCK_S = 60.0  # a rotation is noticed, and an entry written, at most so late
 MAX_SHOWN = 100  # failed receipts that --verify names
@@ -4749,12 +4785,14 @@ class Proof:
         self.follower, self.broadcaster = follower, broadcaster
         follower.on_generation = self.on_generation
         self.anchor_s, self.expect_every_s = anchor_s, expect_every_s
+
         self.current = Checker(follower.current)
         self.checkers = {self.current.file: self.current}
         self.retired: asyncio.Queue[tuple[Checker, str]] = asyncio.Queue()
         self.unfinished: set[Checker] = set()  # of rotated files that are not sealed yet
         self.tickets: dict[tuple[object, ...], Ticket] = {}
         self.somebody_waits = asyncio.Event()
+
         self.alarm = ""  # what changed; until somebody accepts it
         self.unreadable = ""
         self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
@@ -4961,19 +4999,18 @@ class Proof:
 
     async def finish_generation(self, checker: Checker, successor: str) -> None:
         """Seal a file that is no longer the log, and see whether it is still what it was."""
-        sealed = await self.seal(checker, successor)
-        await asyncio.sleep(CONFIRM_S)
         try:
+            sealed = await self.seal(checker, successor)
+            await asyncio.sleep(CONFIRM_S)
             await self.judge_retired(checker)
+            await asyncio.sleep(LATE_LINES_S)
+            while checker.file.end > sealed:
+                sealed = await self.seal(checker, successor)
+                await asyncio.sleep(LATE_LINES_S)
         except OSError as error:
             logger.warning("the rotated file cannot be checked: %s", error.strerror)
-
-        while True:
-            await asyncio.sleep(LATE_LINES_S)
-            if checker.file.end <= sealed:
-                break
-            sealed = await self.seal(checker, successor)
-        self.unfinished.discard(checker)
+        finally:
+            self.unfinished.discard(checker)
 
     async def seal(self, checker: Checker, successor: str) -> int:
         """Write the last anchor of a generation; return how many bytes it covers."""
@@ -5026,7 +5063,7 @@ class Proof:
             write_line(self.receipt(file, end, digest).line)
 
     async def write_last_anchor(self) -> None:
-        """Anchor what is new since the last time, if it can be read within half a second."""
+        """Anchor what is new since the last time, if it can be read in no time."""
         file, end = self.follower.current, self.follower.current.end
         if not self.anchor_s or not end or (file.name, end) == self.anchored:
             return
@@ -5129,6 +5166,7 @@ class Checker:
     def __init__(self, file: LogFile) -> None:
         self.file = file
         self.wanted: list[Wanted] = []
+
         self.started_s = time.time()
         self.verified_s = 0.0  # when the last pass over all of it ended
         self.checkpoints = [Checkpoint(0, hashlib.sha256(), self.started_s)]
@@ -5136,6 +5174,7 @@ class Checker:
         self.suspect: int | None = None  # after this checkpoint other bytes were read than before
         self.caught_up = False  # all that was published has been read once
         self.changes: list[Change] = []
+
         self.remembered: Digest | None = None  # of remembered_end bytes, before the first change
         self.remembered_end = 0
         self.touched = 0, 0  # time of change and size at the last look
@@ -5371,7 +5410,7 @@ def describe(changes: list[Change]) -> str:
     """Return where bytes changed, and between which times."""
     first = changes[0]
     place = f"between byte {first.start:,} and {first.end:,}"
-    more = f" (and in {len(changes) - 1} more places)" if len(changes) > 1 else ""
+    more = " and elsewhere" if len(changes) > 1 else ""
     times = f"between {utc(first.good_s)} and {utc(first.found_s)}"
     return f"the log was changed {place}{more}, {times}"
 
@@ -5634,6 +5673,7 @@ class ReceiptCheck:
             if compressed:
                 pieces = decompressed_pieces(file, compressed, self.cancelled, FINGERPRINT_BYTES)
                 begin = next(pieces, b"")
+
         except FileNotFoundError:
             return
         except OSError as error:
@@ -5846,14 +5886,24 @@ async def run_until(stop: asyncio.Event, works: Iterable[Coroutine[Any, Any, Non
 
 async def close(server: Server, connections: Connections) -> None:
     """Close the viewers with 1001, and abort whatever has not ended after a second."""
+    # Stop accepting. asyncio would drop whoever it accepted just now, without closing the socket.
+    loop = asyncio.get_running_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    # Close.
     server.close()
     closed = asyncio.create_task(server.wait_closed())
     for connection in list(connections.awaiting_request):
         connection.abort()
     await asyncio.wait([closed], timeout=1)
+
+    # Abort.
     while not closed.done():
         connections.abort_all()
-        await asyncio.wait([closed], timeout=0.1)
+        await asyncio.sleep(0.01)
 
 
 def exit_after(seconds: float) -> None:
