@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,7 +96,7 @@ def other_process(session: pytest.Session, folder: Path, number: int) -> Iterato
             yield
             code = process.wait()
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # so that it stops the servers that it started
             process.wait()
 
     for report in reports_in(session.config, folder / f"{process.pid}.reports"):
