@@ -13,7 +13,7 @@ pytest.register_assert_rewrite("harness", "page_actions")  # before they are imp
 from browsers import BROWSERS, Browser, Page
 from harness import FIRST, TOKEN, Server, Viewer, append
 from page_actions import Watch, watching
-from two_processes import pytest_runtestloop as pytest_runtestloop
+from several_processes import pytest_runtestloop as pytest_runtestloop
 
 
 def pytest_configure(config: pytest.Config) -> None:

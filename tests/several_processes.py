@@ -1,7 +1,7 @@
-"""Two processes share the tests, because a test waits more than it works.
+"""Several processes share the tests, because a test waits more than it works: one more than cores.
 
 A unit is a file, or what one browser does in it. Each process takes the next unit that is free; the
-results of the second one count as if they were of the first.
+results of the others count as if they were of the first. AUDIT_STREAM_TESTS=1 is one process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = "TESTS_SHARED_IN"  # environment variable of the second process
+FOLDER = "TESTS_SHARED_IN"  # environment variable of the other processes
+PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(4, (os.cpu_count() or 1) + 1))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,12 +29,17 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     if FOLDER in os.environ:
         folder = Path(os.environ[FOLDER])
-        session.config.pluginmanager.register(Recorder(session.config, folder / "reports"))
+        reports = folder / f"{os.getpid()}.reports"
+        session.config.pluginmanager.register(Recorder(session.config, reports))
         run_share(session, folder)
         return True
-    if len({unit_of(item) for item in session.items}) < 2:
+
+    others = min(PROCESSES, len({unit_of(item) for item in session.items})) - 1
+    if others < 1:
         return None
-    with tempfile.TemporaryDirectory() as name, second_process(session, Path(name)):
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        for number in range(others):
+            stack.enter_context(other_process(session, Path(name), number))
         run_share(session, Path(name))
     return True
 
@@ -66,7 +73,7 @@ def unit_of(item: pytest.Item) -> str:
 
 
 class Recorder:
-    """Writes down how the tests of the second process went."""
+    """Writes down how the tests of another process went."""
 
     def __init__(self, config: pytest.Config, file: Path) -> None:
         self.config, self.file = config, file
@@ -78,10 +85,10 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def second_process(session: pytest.Session, folder: Path) -> Iterator[None]:
+def other_process(session: pytest.Session, folder: Path, number: int) -> Iterator[None]:
     command = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
     variables = os.environ | {FOLDER: str(folder)}
-    with open(folder / "output", "w+b") as output:
+    with open(folder / f"{number}.output", "wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables
         )
@@ -89,14 +96,14 @@ def second_process(session: pytest.Session, folder: Path) -> Iterator[None]:
             yield
             code = process.wait()
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # so that it stops the servers that it started
             process.wait()
 
-    for report in reports_in(session.config, folder / "reports"):
+    for report in reports_in(session.config, folder / f"{process.pid}.reports"):
         session.config.hook.pytest_runtest_logreport(report=report)
     if code not in (0, 1, pytest.ExitCode.NO_TESTS_COLLECTED):
-        said = (folder / "output").read_text()
-        session.shouldfail = f"the second process ended with {code}: {said}"
+        said = (folder / f"{number}.output").read_text()
+        session.shouldfail = f"another process ended with {code}: {said}"
         raise session.Failed(session.shouldfail)
 
 
