@@ -43,7 +43,17 @@ KEYS = {
     "Home": (36, "", "\ue011"),
     "ArrowUp": (38, "", "\ue013"),
     "ArrowDown": (40, "", "\ue015"),
+    " ": (32, " ", " "),
 }
+
+
+COPIED = """(() => {
+    let copied = "";
+    const event = new Event("copy", { bubbles: true, cancelable: true });
+    Object.defineProperty(event, "clipboardData", { value: { setData: (type, text) => { copied = text; } } });
+    document.body.dispatchEvent(event);
+    return copied;
+})()"""
 
 
 def unavailable(what: str) -> NoReturn:
@@ -186,6 +196,17 @@ class Page:
         """A click, or with `wheel` so many pixels of the wheel there."""
         raise NotImplementedError
 
+    def double_click(self, x: float, y: float) -> None:
+        raise NotImplementedError
+
+    def drag(self, *points: tuple[float, float], pause_s: float = 0, shift: bool = False) -> None:
+        """Press the button at the first point, move through the others, let go at the last."""
+        raise NotImplementedError
+
+    def swipe(self, x: float, y: float, by: int, step: int) -> None:
+        """A finger that goes so many pixels down, in such steps."""
+        raise NotImplementedError
+
     def resize(self, width: int, height: int) -> None:
         raise NotImplementedError
 
@@ -212,6 +233,10 @@ class Page:
                 )
             time.sleep(0.02)
         return value
+
+    def copy(self) -> str:
+        """What Ctrl-C puts into the clipboard."""
+        return str(self.js(COPIED))
 
     def press(self, *keys: str, shift: bool = False) -> None:
         for key in keys:
@@ -325,6 +350,39 @@ class ChromiumPage(Page):
         for kind in ("mousePressed", "mouseReleased"):
             self.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def button(
+        self, kind: str, x: float, y: float, clicks: int = 1, held: bool = True, shift: bool = False
+    ) -> None:
+        pressed: Event = {
+            "button": "left",
+            "buttons": 1 if held else 0,
+            "modifiers": 8 if shift else 0,
+        }
+        self.cdp(
+            "Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, **pressed
+        )
+
+    def double_click(self, x: float, y: float) -> None:
+        for clicks in (1, 2):
+            self.button("Pressed", x, y, clicks)
+            self.button("Released", x, y, clicks, held=False)
+
+    def drag(self, *points: tuple[float, float], pause_s: float = 0, shift: bool = False) -> None:
+        self.button("Pressed", *points[0], shift=shift)
+        for point in points[1:]:
+            self.button("Moved", *point, shift=shift)
+            time.sleep(pause_s)
+        self.button("Released", *points[-1], held=False, shift=shift)
+
+    def swipe(self, x: float, y: float, by: int, step: int) -> None:
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.cdp("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        for moved in range(step, by + 1, step):
+            self.cdp(
+                "Input.dispatchTouchEvent", type="touchMove", touchPoints=[{"x": x, "y": y + moved}]
+            )
+        self.cdp("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def resize(self, width: int, height: int) -> None:
         self.cdp(
             "Emulation.setDeviceMetricsOverride",
@@ -431,6 +489,34 @@ class FirefoxPage(Page):
             return
         click = [{"type": f"pointer{way}", "button": 0} for way in ("Down", "Up")]
         self.act("pointer", {"type": "pointerMove", **place}, *click)
+
+    def double_click(self, x: float, y: float) -> None:
+        click = [{"type": f"pointer{way}", "button": 0} for way in ("Down", "Up")]
+        self.act("pointer", {"type": "pointerMove", "x": round(x), "y": round(y)}, *click, *click)
+
+    def drag(self, *points: tuple[float, float], pause_s: float = 0, shift: bool = False) -> None:
+        moves = [{"type": "pointerMove", "x": round(x), "y": round(y)} for x, y in points]
+        rest = [
+            one
+            for move in moves[1:]
+            for one in (move, {"type": "pause", "duration": round(1000 * pause_s)})
+        ]
+        press, release = ({"type": f"pointer{way}", "button": 0} for way in ("Down", "Up"))
+        mouse = {"type": "pointer", "id": "pointer", "actions": [moves[0], press, *rest, release]}
+        key = {"type": "key", "id": "key", "actions": [{"type": "keyDown", "value": "\ue008"}]}
+        self.bidi("input.performActions", actions=[mouse, key] if shift else [mouse])
+        self.bidi("input.releaseActions")
+
+    def swipe(self, x: float, y: float, by: int, step: int) -> None:
+        places = [
+            {"type": "pointerMove", "x": round(x), "y": round(y) + moved}
+            for moved in range(0, by + 1, step)
+        ]
+        press, release = ({"type": f"pointer{way}", "button": 0} for way in ("Down", "Up"))
+        touch = {"pointerType": "touch"}
+        actions = [places[0], press, *places[1:], release]
+        finger = {"type": "pointer", "id": "finger", "parameters": touch, "actions": actions}
+        self.bidi("input.performActions", actions=[finger])
 
     def resize(self, width: int, height: int) -> None:
         self.bidi("browsingContext.setViewport", viewport={"width": width, "height": height})

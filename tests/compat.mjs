@@ -16,6 +16,9 @@ const YEAR = 2021; // the newest edition of ECMAScript whose syntax all of them 
 const HARMLESS = {
   "css outline": "partial in Safari: it does not follow rounded corners",
   "css overscroll-behavior": "ignored by Safari 14: the page behind bounces",
+  "css :-webkit-search-cancel-button": "the others show no cross in the field, or one more",
+  "css :-webkit-scrollbar": "without it a scroll bar lies under the rail",
+  "css @media forced-colors": "ignored where there are no forced colours",
   "css color-scheme": "ignored by Firefox 85: scroll bars stay light",
 };
 

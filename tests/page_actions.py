@@ -1,28 +1,29 @@
-"""What a reader of the page does and sees, in words that its tests share."""
+"""What the tests of the page share: its names in the DOM, what one does with it, and the browsers that it is opened in."""
 
 import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from browsers import Browser, Page
-from harness import append, eventually
+import pytest
+from browsers import BROWSERS, Browser, Page
+from harness import ROOT, append, eventually
 
 Serve = Callable[..., Any]
 Watch = Callable[..., Page]
 
+SOURCE = ROOT / "static" / "index.html"
 LINES = "[...document.querySelectorAll('#auditBox .line')]"
 TEXTS = f"{LINES}.map(line => line.textContent)"
 RECEIVED = "📡 New audit data received: {} bytes"
 LATE = "🔌 WebSocket disconnected - Reconnecting in 5 seconds..."
 
 # What scrolls, and its first line that is in view with the height at which it stands.
-SCROLLER = """[...document.querySelectorAll('#auditBox, #auditBox *')]
-    .concat(document.scrollingElement)
-    .find(box => box.scrollHeight > box.clientHeight + 1
-        && getComputedStyle(box).overflowY !== 'visible')"""
+SCROLLER = """[...document.querySelectorAll('#auditBox, #auditBox *')].concat(document.scrollingElement)
+    .find(box => box.scrollHeight > box.clientHeight + 1 && getComputedStyle(box).overflowY !== 'visible')"""
 TOP = "Math.max(0, document.querySelector('#auditBox').getBoundingClientRect().top)"
 FIRST = f"""(() => {{
     const line = {LINES}.find(line => line.getBoundingClientRect().bottom > {TOP} + 1);
@@ -40,8 +41,15 @@ AT_REST = f"""new Promise(done => {{
 BUTTONS = (
     "[...document.querySelectorAll('button')].filter(button => button.getClientRects().length)"
 )
+NEWER = "(button => button.hidden ? '' : button.textContent)(document.querySelector('#newer'))"
 NAME = """(thing => thing.getAttribute('aria-label')
     || [...thing.labels || []].map(label => label.textContent).join(' ') || thing.textContent)"""
+COUNT = "document.querySelector('#count').textContent"
+COVER = "document.querySelector('#above').textContent"
+TOLD = "document.querySelector('#told').textContent"
+SHOWS = "document.querySelector('#status').dataset.shows"
+HERE = "((document.querySelector('#auditBox .here') || 0).textContent)"
+BOX = "document.querySelector('#auditBox')"
 STATE = "document.querySelector('#status').dataset.state"
 CENTRE = "(at => [at.x + at.width / 2, at.y + at.height / 2])({}.getBoundingClientRect())"
 
@@ -57,8 +65,7 @@ def shows(page: Page, expected: list[str], timeout: float = 15) -> None:
 def ends_with(page: Page, line: str, timeout: float = 15) -> None:
     """The last line, and the last thing that is in view."""
     page.wait(
-        f"""(last => last && last.textContent === {line!r}
-            && last.getBoundingClientRect().bottom <= innerHeight
+        f"""(last => last && last.textContent === {line!r} && last.getBoundingClientRect().bottom <= innerHeight
             && last.getBoundingClientRect().top >= {TOP})({LINES}.pop())""",
         timeout,
     )
@@ -66,8 +73,7 @@ def ends_with(page: Page, line: str, timeout: float = 15) -> None:
 
 def frames(page: Page, count: int = 3) -> None:
     page.js(
-        "new Promise(done => (function f(n) {"
-        f" n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))"
+        f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))"
     )
 
 
@@ -106,8 +112,16 @@ def numbered(start: int, stop: int) -> list[str]:
     return [f"[2025-12-17T17:40:37Z] entry {number}" for number in range(start, stop)]
 
 
+@pytest.fixture(scope="session", params=["chromium", "firefox"])
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    with ExitStack() as stack:
+        started = BROWSERS[request.param]()
+        stack.callback(started.quit)
+        yield started
+
+
 def watching(browser: Browser) -> Iterator[Watch]:
-    """Open windows that connect; none may have an error, unless the test expects trouble."""
+    """Opens windows that connect; at the end none may have had an error, unless the test expects trouble."""
     pages: list[tuple[Page, bool]] = []
 
     def open_page(url: str, trouble: bool = False) -> Page:
@@ -129,6 +143,11 @@ def watching(browser: Browser) -> Iterator[Watch]:
         if entry[0] in ("error", "assert", "dialog")
     ] == []
     assert [error for page in calm for error in page.errors] == []
+
+
+@pytest.fixture
+def watch(browser: Browser) -> Iterator[Watch]:
+    yield from watching(browser)
 
 
 def number_in_view(page: Page) -> int:
