@@ -98,7 +98,7 @@ try:
     import resource
     import termios
 except ImportError:
-    sys.exit("audit_stream.py: this system has no fcntl; it takes Linux, macOS or BSD (on Windows: WSL)")
+    sys.exit("audit_stream.py: no fcntl here: it takes Linux, macOS or BSD (on Windows: WSL)")
 
 try:
     import websockets.version
@@ -113,7 +113,10 @@ try:
     if int(websockets.version.version.partition(".")[0]) < 17:
         raise ImportError
 except ImportError:
-    sys.exit("audit_stream.py: websockets 17 or newer is missing; type: python3 -m pip install 'websockets>=17'")
+    sys.exit(
+        "audit_stream.py: websockets 17 or newer is missing;"
+        " type: python3 -m pip install 'websockets>=17'"
+    )
 
 VERSION = "1.0"
 KIB, MIB = 1024, 1024 * 1024
@@ -475,6 +478,7 @@ class LogFile:
 
 
 FS_IOC_GETVERSION = 0x80087601
+secret_files: set[Identity] = set()  # of this program; filled at the start and at each reload
 LIFE_BYTES = 64  # of a file tell it from the file before it
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -516,11 +520,13 @@ def character_start(data: bytes) -> int:
 
 def open_log_file(path: str) -> LogFile:
     """Open the regular file at path, never waiting for a FIFO. Raises OSError for anything else."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file but a directory", path)
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
+    if (status.st_dev, status.st_ino) in secret_files:
+        raise OSError(errno.EACCES, "a secret of this server, and not a log", path)
     return LogFile(os.open(path, OPEN_FLAGS))
 
 
@@ -863,8 +869,8 @@ def normalize(position: Position) -> Position:
     return Position(segment, offset)
 
 
-def next_message_at(position: Position) -> Message | None:
-    """Return the next message from a position.
+def next_message_at(position: Position, most_bytes: int = MAX_MESSAGE) -> Message | None:
+    """Return the next message from a position, with at most so many bytes of the log.
 
     None at the end of the stream, and where the follower has to look first: the bytes there are no
     longer what was published. Raises OSError.
@@ -874,7 +880,7 @@ def next_message_at(position: Position) -> Message | None:
     if offset >= end:
         return following_generation(segment)
 
-    wanted = min(end, offset + MAX_MESSAGE)
+    wanted = min(end, offset + most_bytes)
     data = file.read_published(offset, wanted)
     if data is None and not file.released:
         data = file.read_data(offset, wanted)
@@ -885,7 +891,7 @@ def next_message_at(position: Position) -> Message | None:
     if not data:
         return hole_message(segment, offset, readable=data is not None)
 
-    if len(data) == MAX_MESSAGE and offset + MAX_MESSAGE < end:
+    if len(data) == most_bytes and wanted < end:
         data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
     return Message("append", "", offset, Position(segment, offset + len(data)), data)
 
@@ -1082,7 +1088,8 @@ class LogFollower:
         self.on_generation: Callable[[], None] = lambda: None  # called when another one begins
         self._watch()
         self._open()
-        self._arrivals = Arrivals(log_paths(path))  # the folders are watched from before the log was opened
+        # The folders are watched from before the log was opened.
+        self._arrivals = Arrivals(log_paths(path))
 
     @property
     def name(self) -> str:
@@ -1314,10 +1321,10 @@ class LogFollower:
     async def _handle_other_file(self, new: LogFile) -> bool:
         """Go on in the file that is at the path now, after those that were there in between."""
         old = self.current
-        if self._found and old.is_deleted() and (old.end or not old.size):
-            if new.starts_with(old.fingerprint):
-                self._adopt(new)
-                return True
+        replaced = self._found and old.is_deleted() and (old.end or not old.size)
+        if replaced and new.starts_with(old.fingerprint):
+            self._adopt(new)
+            return True
         if self._found and not new.size and self._in_grace_period():
             return False
 
@@ -2060,26 +2067,30 @@ class Resumer:
         if parts is None:
             return "malformed"
 
-        for tries in itertools.count(1):
+        tries = 0
+        while True:
             while await self.follower.check():  # else segments would come out of order
                 await asyncio.sleep(0)
-            current = self.follower.current
+            current, tries = self.follower.current, tries + 1
             try:
                 chain = await self._find_chain(parts, patient=tries < MAX_TRIES)
             except FolderChanged:
                 continue
-            if current is not self.follower.current:
-                continue
 
+            if current is not self.follower.current:
+                continue  # rotated meanwhile
             if self._is_ahead_of_reader(chain) or not current.is_unchanged():
                 await self.follower.next_check.wait()
-            elif not parts or parts[-1] in chain.owners:
+                continue
+            if not parts or parts[-1] in chain.owners:
                 return self._link_segments(parts, chain)
-            elif offset_of(parts[-1]) > current.size and current.may_become(parts[-1]):
-                return "ahead"
-            else:
-                return "changed"
-        raise AssertionError
+            return self._refusal(parts[-1])
+
+    def _refusal(self, part: str) -> str:
+        """Return why no file proves the newest part of a cursor."""
+        current = self.follower.current
+        ahead = offset_of(part) > current.size and current.may_become(part)
+        return "ahead" if ahead else "changed"
 
     def _is_ahead_of_reader(self, chain: Chain) -> bool:
         """Return True if the cursor names bytes that this process has yet to read."""
@@ -2365,7 +2376,8 @@ class Connection(ServerConnection):
         self.received = 0.0, self.since  # bytes of the budget that are used up, as of that time
         self.answer_bytes = 0
         self.token = b""  # what opened the server to this viewer
-        self.who: dict[str, str] = {}  # is that, in the access record
+
+        self.who: dict[str, str] = {}  # how the access record names this viewer
         self.query: dict[str, str] = {}
         self.arrived = False
         self.position: Position | None = None  # this and the next one belong to the Broadcaster
@@ -2524,8 +2536,12 @@ class TLSProtocol(asyncio.sslproto.SSLProtocol):
             super().buffer_updated(nbytes)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Tell of handshakes that failed, too."""
-        self.connection.connections.remove(self.connection)
+        """Let go of the connection, also if the handshake failed: it does not hear of that."""
+        connection = self.connection
+        del self.connection
+        connection.connections.remove(connection)
+        if not hasattr(connection, "transport"):
+            connection.break_cycles()
         super().connection_lost(exc)
 
 
@@ -2596,7 +2612,7 @@ class Broadcaster:
 
     def _next_message(self, position: Position) -> Message | None:
         """Return the next message, with the name of its generation. Raises OSError."""
-        message = next_message_at(position)
+        message = next_message_at(position, self.connections.unsent_bytes)
         if message:
             self.follower.names.assign(message.file)
         return message
@@ -2623,10 +2639,11 @@ class Broadcaster:
         frames = text_frame(plain) if plain else b"", text_frame(as_json)
         receivers = 0
 
+        most_unsent = min(MAX_UNSENT, self.connections.unsent_bytes)
         for viewer, future in list(self.live.items()):
             if future.done():
                 continue
-            if viewer.buffered > MAX_UNSENT:
+            if viewer.buffered > most_unsent:
                 self._detach(viewer)
                 continue
             if frame := frames[viewer.speaks_json]:
@@ -2649,7 +2666,7 @@ class Broadcaster:
         """Find the viewer's position, and return its first message. Raises OSError."""
         resumed = None if since is None else await self.resumer.resume(since)
         if isinstance(resumed, Position):
-            message = next_message_at(resumed)
+            message = next_message_at(resumed, self.connections.unsent_bytes)
             position, text = resumed, ""
             if message and message.kind == "append" and message.file is resumed.segment.file:
                 position, text = message.next_position, message.text
@@ -2788,6 +2805,7 @@ class HTTPError(Exception):
         super().__init__(sentence)
         self.status = status
         self.headers = headers
+        self.page = b""  # for people, instead of the sentence
 
 
 def busy() -> HTTPError:
@@ -2906,6 +2924,7 @@ async def route(site: Site, context: RequestContext) -> Response:
     if path == "/metrics":
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         return make_response(200, metrics(site).encode(), content_type)
+
     if path == "/ws/audit":
         if "origin" in context.query:  # a page asks why its WebSocket was refused
             check_room(context.connection.connections)
@@ -2970,6 +2989,7 @@ def make_response(status: int, body: bytes, content_type: str, **headers: str) -
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
     }
+
     more = {name.replace("_", "-"): value for name, value in headers.items()}
     return Response(status, http.HTTPStatus(status).phrase, Headers(fixed | more), body)
 
@@ -2978,8 +2998,8 @@ def error_response(path: str, error: HTTPError) -> Response:
     body, content_type = json.dumps({"error": str(error)}).encode(), JSON
     if path in ("/", "/healthz"):
         body, content_type = f"{error}\n".encode(), TEXT
-    if path == "/" and error.status == 401:
-        body, content_type = LOGIN_PAGE, HTML
+    if error.page:
+        body, content_type = error.page, HTML
     return make_response(error.status, body, content_type, **error.headers)
 
 
@@ -2999,7 +3019,13 @@ def with_common_headers(site: Site, context: RequestContext, response: Response)
     return response
 
 
-def int_parameter(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
+def int_parameter(
+    query: dict[str, str],
+    name: str,
+    default: int,
+    low: int,
+    high: int,
+) -> int:
     """Return a whole number of the query. Raises HTTPError 400 for anything else."""
     try:
         return int_in_range(query.get(name, str(default)), name, low, high)
@@ -3031,10 +3057,12 @@ LOGIN_PAGE = b"""<!DOCTYPE html>
 <title>Audit Stream</title>
 <link rel="icon" href="data:,">
 <style>
-body { background: #07110b; color: #7ee8a0; font: 16px system-ui, sans-serif; max-width: 20em; margin: 20vh auto 0 }
-label, input, button, output { display: block; box-sizing: border-box; font: inherit; margin: 8px 0 }
-input, button { width: 100%; padding: 8px; color: #d5ffe2; background: #102018; border: 1px solid #2b4a38 }
-output { color: #ff8a80; min-height: 1.5em }
+body { background: #07110b; color: #7ee8a0; font: 16px system-ui, sans-serif }
+body { max-width: 20em; margin: 20vh auto 0 }
+label, input, button, output { display: block; box-sizing: border-box; font: inherit }
+input, button { width: 100%; padding: 8px; color: #d5ffe2; background: #102018 }
+input, button { border: 1px solid #2b4a38; margin: 8px 0 }
+output { color: #ff8a80; min-height: 1.5em; margin: 8px 0 }
 </style>
 <form>
 <h1>Audit Stream</h1>
@@ -3053,12 +3081,13 @@ document.forms[0].onsubmit = async function (event) {
   event.preventDefault()
   const said = document.querySelector('output')
   const token = document.getElementById('token').value.trim()
+  const address = './?token=' + encodeURIComponent(token)
+  const headers = { Authorization: 'Bearer ' + unescape(encodeURIComponent(token)) }
   try {
-    const bytes = unescape(encodeURIComponent(token))
-    let reply = await fetch('./', { headers: { Authorization: 'Bearer ' + bytes } })
-    // A proxy that wants Authorization for itself: the address is the other way in.
+    const byAddress = 'address' in this.dataset
+    let reply = await (byAddress ? fetch(address) : fetch('./', { headers: headers }))
     if (reply.status === 401 && !/^Bearer/.test(reply.headers.get('WWW-Authenticate')))
-      reply = await fetch('./?token=' + encodeURIComponent(token))
+      reply = await fetch(address)
     if (reply.ok) location.replace('./' + location.hash)
     else said.textContent = ANSWERS[reply.status] || 'The server answers ' + reply.status + '.'
   } catch (error) {
@@ -3077,7 +3106,8 @@ class Token(NamedTuple):
 
     def cookie(self, port: str) -> bytes:
         """Return NAME=VALUE. The name tells logs with other tokens on the same host apart."""
-        mark, value = (hmac.digest(self.secret, use, "sha256").hex() for use in (b"name", b"value"))
+        mark = hmac.digest(self.secret, b"name", "sha256").hex()
+        value = hmac.digest(self.secret, b"value", "sha256").hex()
         return f"audit_stream_{port}_{mark[:8]}={value}".encode()
 
 
@@ -3134,10 +3164,11 @@ class AccessControl:
         self.resumes = RateLimiter(resumes if options.rate_limit else 0)
         self.guesses = RateLimiter(10)
 
-        own_names = ("localhost", socket.gethostname().lower(), options.host.lower())
-        self.names = {*own_names, *options.allow_host}
-        pages = page + LOGIN_PAGE
-        self.hashes = {kind: csp_hashes(kind.encode(), pages) for kind in ("script", "style")}
+        names = ("localhost", socket.gethostname(), options.host, *options.allow_host)
+        self.names = {name.lower() for name in names}
+        self.hide_secrets()
+        kinds = ("script", "style")
+        self.hashes = {kind: csp_hashes(kind, page + LOGIN_PAGE) for kind in kinds}
 
     def authorize(self, context: RequestContext) -> Credential:
         """Return with what the client may come in. Raises HTTPError if it may not."""
@@ -3173,9 +3204,9 @@ class AccessControl:
 
         path, _, query = request.path.partition("?")
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")
-        offers = ",".join(request.headers.get_all("Upgrade")).lower()
+        offers = joined(request, "Upgrade").lower()
         upgrade = path == "/ws/audit" and "websocket" in offers
-        host, port = parse_host(",".join(request.headers.get_all("Host")).lower(), scheme)
+        host, port = parse_host(joined(request, "Host").lower(), scheme)
         return RequestContext(
             connection, request, path, dict(pairs), upgrade, client, scheme, host, port, user
         )
@@ -3188,9 +3219,9 @@ class AccessControl:
 
     def count_answer(self, context: RequestContext) -> None:
         """Count an answer. Other websites cannot use up what the user has: theirs count apart."""
-        marks = context.request.headers.get_all("Sec-Fetch-Site")
-        foreign = "cross-site" in marks or not self.is_own_origin(context)
-        limiter = self.foreign_answers if foreign or not self.is_own_name(context) else self.answers
+        marked = "cross-site" in context.request.headers.get_all("Sec-Fetch-Site")
+        own = not marked and self.is_own_origin(context) and self.is_own_name(context)
+        limiter = self.answers if own else self.foreign_answers
         limiter.acquire(context.client)
 
     def count_resume(self, context: RequestContext) -> None:
@@ -3199,8 +3230,7 @@ class AccessControl:
         self.resumes.acquire(context.client, 1 if files <= 3 else files**2)
 
     def is_own_name(self, context: RequestContext) -> bool:
-        """Return False if an open server is called by a name that another site could point at it
-        (DNS rebinding)."""
+        """Return False for a name that another site could point at an open server (rebinding)."""
         name = context.host.removesuffix(f":{context.port}").strip("[]")
         return bool(self.tokens) or name in self.names or parse_ip(name) is not None
 
@@ -3214,16 +3244,23 @@ class AccessControl:
                 if hmac.compare_digest(secret, token.secret):
                     return Credential(place, token)
 
-        cookies = ";".join(context.request.headers.get_all("Cookie")).encode("latin-1").split(b";")
-        for token in self.tokens:
-            ours = token.cookie(context.port)
-            if any(hmac.compare_digest(cookie.strip(), ours) for cookie in cookies):
-                return Credential("cookie", token)
-
+        if remembered := self.token_of_cookie(context):
+            return Credential("cookie", remembered)
         if offered:
             self.guesses.acquire(context.client)
             record_access("refused", **context.who)
-        raise HTTPError(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+        error = HTTPError(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+        if context.path == "/":
+            error.page = login_page(context)
+        raise error
+
+    def token_of_cookie(self, context: RequestContext) -> Token | None:
+        cookies = joined(context.request, "Cookie", ";").encode("latin-1").split(b";")
+        for token in self.tokens:
+            ours = token.cookie(context.port)
+            if any(hmac.compare_digest(cookie.strip(), ours) for cookie in cookies):
+                return token
+        return None
 
     def set_cookie(self, context: RequestContext, token: Token) -> str:
         secure = "; Secure" if context.scheme == "https" else ""
@@ -3247,11 +3284,11 @@ class AccessControl:
         A page that was refused asks why over HTTP, and names its origin in the query.
         """
         own = normalize_origin(f"{context.scheme}://{context.host}")
-        named = own
+        default = own
         if context.path == "/ws/audit":
-            named = context.query.get("origin", own)
-        origin = normalize_origin(context.request.headers.get("Origin", named))
-        return origin == own or origin in self.options.allow_origin
+            default = context.query.get("origin", own)
+        named = normalize_origin(context.request.headers.get("Origin", default))
+        return named == own or named in self.options.allow_origin
 
     def security_headers(self, context: RequestContext) -> dict[str, str]:
         """Return what browsers may do with an answer."""
@@ -3262,6 +3299,11 @@ class AccessControl:
         if self.tls:
             headers["Strict-Transport-Security"] = "max-age=31536000"
         return headers
+
+    def hide_secrets(self) -> None:
+        """Let token, certificate and key never be served as a log, whatever links to them."""
+        paths = (token_path(self.options), self.options.tls_key, self.options.tls_cert)
+        secret_files.update(file_identity(path) for path in paths if path)
 
     async def reload(self, viewers: Iterable[Connection]) -> None:
         """Read certificate and tokens again; what cannot be used leaves everything as it is."""
@@ -3280,20 +3322,11 @@ class AccessControl:
             sentence = "the access token stays as it is: %s: %s"
             logger.warning(sentence, error.filename, error.strerror)
 
-        valid = {token.secret for token in self.tokens} | {b""}
+        self.hide_secrets()
+        valid = {token.secret for token in self.tokens} or {b""}
         lost = [viewer for viewer in viewers if viewer.token not in valid]
         closing = [viewer.close(1008, "the access token was changed") for viewer in lost]
         await asyncio.gather(*closing, return_exceptions=True)
-
-    def is_secret(self, status: os.stat_result) -> bool:
-        """Return True for a file that must not be served as a log: token, certificate and key."""
-        options = self.options
-        paths = (token_path(options), options.tls_key, options.tls_cert)
-        for path in filter(None, paths):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(path), status):
-                    return True
-        return False
 
 
 def check_headers(context: RequestContext) -> None:
@@ -3322,6 +3355,13 @@ def offered_tokens(context: RequestContext) -> list[tuple[str, bytes]]:
     return offered
 
 
+def login_page(context: RequestContext) -> bytes:
+    """Return the form; behind a proxy that wants Authorization for itself it uses the address."""
+    if context.request.headers.get("Authorization", "bearer").lower().startswith("bearer"):
+        return LOGIN_PAGE
+    return LOGIN_PAGE.replace(b"<form>", b"<form data-address>")
+
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -3347,9 +3387,14 @@ def parse_host(text: str, scheme: str) -> tuple[str, str]:
     return (text if match and int(port) <= 65535 else ""), port
 
 
+def joined(request: Request, name: str, separator: str = ",") -> str:
+    """Return all values of a header as one."""
+    return separator.join(request.headers.get_all(name))
+
+
 def last_value(request: Request, name: str) -> str:
     """Return what the last proxy says in this header."""
-    return ",".join(request.headers.get_all(name)).rpartition(",")[2].strip()
+    return joined(request, name).rpartition(",")[2].strip()
 
 
 def normalize_origin(text: str) -> str:
@@ -3359,11 +3404,11 @@ def normalize_origin(text: str) -> str:
     return f"{scheme}://{host.removesuffix(default)}"
 
 
-def csp_hashes(kind: bytes, pages: bytes) -> str:
+def csp_hashes(kind: str, pages: bytes) -> str:
     """Return the hashes of the scripts or styles that may run (CSP 3, 6.7)."""
-    texts = re.findall(rb"<%b>(.*?)</%b>" % (kind, kind), pages, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
+    texts = re.findall(rf"<{kind}>(.*?)</{kind}>".encode(), pages, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text).digest()) for text in texts]
+    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
 
 
 def token_path(options: Options) -> str | None:
@@ -3380,15 +3425,18 @@ def token_path(options: Options) -> str | None:
 def read_tokens(options: Options) -> tuple[Token, ...]:
     """Return the access tokens, none if none are given. Raises OSError for bad ones."""
     path = token_path(options)
-    text = Path(path).read_bytes() if path else os.environb.get(b"AUDIT_STREAM_TOKEN")
-    if options.no_auth or text is None:
+    text = os.environb.get(b"AUDIT_STREAM_TOKEN")
+    if path and not options.no_auth:
+        text = Path(path).read_bytes()
+    if text is None or options.no_auth:
         return ()
 
     tokens = []
     for line in text.splitlines():
         *names, secret = line.rsplit(None, 1) or [b""]
         if secret:
-            tokens.append(Token(b"".join(names).strip().decode(errors="replace"), secret))
+            name = b"".join(names).strip().decode(errors="replace")
+            tokens.append(Token(name, secret))
     source = path or "AUDIT_STREAM_TOKEN"
     if not tokens:
         raise OSError(errno.EINVAL, "the access token is empty", source)
@@ -4365,7 +4413,7 @@ class Term(NamedTuple):
 
 
 def parse_query(query: str) -> list[Term]:
-    """Return the terms, excluding ones last: PCRE gives up sooner. Raises HTTPError without a term."""
+    """Return the terms, excluding ones last: PCRE gives up sooner. Raises HTTPError for none."""
     terms = []
     for mark, *quoted, word in TERM.findall(query):
         phrase = "".join(quoted)
@@ -4858,7 +4906,7 @@ class Receipt(NamedTuple):
     @property
     def line(self) -> str:
         return (
-            f"audit-stream: receipt log={quoted(self.log)} generation={self.generation}"
+            f"audit-stream: receipt log={quoted_value(self.log)} generation={self.generation}"
             f" head={self.head} bytes={self.end} sha256={self.sha256} time={self.time}{self.note}"
         )
 
@@ -4936,7 +4984,8 @@ class Proof:
 
     async def respond_with_receipt(self, file: LogFile, context: RequestContext) -> Response:
         """Wait a few seconds for the pass; if it takes longer, the next request collects it."""
-        end = int_parameter(context.query, "bytes", file.end, 0, 10**18)
+        whole = file.end if file is self.follower.current else file.size
+        end = int_parameter(context.query, "bytes", whole, 0, 10**18)
         if end > file.size:
             raise HTTPError(416, "the log has fewer bytes than that")
 
@@ -4956,7 +5005,7 @@ class Proof:
             raise HTTPError(416, "the log has fewer bytes than that, or cannot be read")
         receipt = self.receipt(file, end, digest)
         if context.path == "/api/review":
-            who = quoted(context.user or context.client)
+            who = quoted_value(context.user or context.client)
             receipt = receipt._replace(note=f" reviewed_by={who}")
             write_line(receipt.line)
             record_access("review", client=context.client, name=context.user, bytes=end)
@@ -5003,7 +5052,8 @@ class Proof:
 
     def receipt(self, file: LogFile, end: int, digest: Digest) -> Receipt:
         log, at = self.follower.name, utc(digest.time_s)
-        return Receipt(log, file.name, digest.head, end, digest.sha256, at)
+        generation = self.follower.names.assign(file)
+        return Receipt(log, generation, digest.head, end, digest.sha256, at)
 
     # -- what goes on all the time --
 
@@ -5170,21 +5220,27 @@ class Proof:
     async def anchor_forever(self) -> None:
         while self.anchor_s:
             await asyncio.sleep(self.anchor_s)
-            file, end = self.follower.current, self.follower.current.end
-            if end and (file.name, end) != self.anchored:
+            if not self.is_anchored():
+                file, end = self.follower.current, self.follower.current.end
                 self.write_anchor(file, end, await self.ask(file, end).future)
+
+    def is_anchored(self) -> bool:
+        """Return True if there is nothing new to anchor."""
+        file = self.follower.current
+        return not file.end or (file.name, file.end) == self.anchored
 
     def write_anchor(self, file: LogFile, end: int, digest: Digest | None) -> None:
         if digest:
-            self.anchored = file.name, end
-            write_line(self.receipt(file, end, digest).line)
+            receipt = self.receipt(file, end, digest)
+            self.anchored = receipt.generation, end
+            write_line(receipt.line)
 
     async def write_last_anchor(self) -> None:
         """Anchor what is new since the last time, if it can be read in no time."""
-        file, end = self.follower.current, self.follower.current.end
-        if not self.anchor_s or not end or (file.name, end) == self.anchored:
+        if not self.anchor_s or self.is_anchored():
             return
         self.on_generation()
+        file, end = self.current.file, self.current.file.end
         future = self.ask(file, end).future
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(LAST_ANCHOR_S):
@@ -5537,7 +5593,7 @@ def utc(seconds_since_1970: float) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def quoted(text: str) -> str:
+def quoted_value(text: str) -> str:
     """Return a value of a key=value line: as JSON text if it has white space or quotes in it."""
     plain = text and text.isprintable() and not set(' "') & set(text)
     return text if plain else json.dumps(text)
@@ -5918,6 +5974,7 @@ def receipt_span(receipts: list[Receipt]) -> str:
 # ---- 10 Service ----------------------------------------------------------------------------------
 # One process from its start to its stop, and the limits of the machine that it lives in.
 
+ServiceWork = Coroutine[Any, Any, None]
 START_TIME_S = time.time()
 WATCHDOG_S = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # sd_watchdog_enabled(3)
 ACCEPT_BATCH = 32  # connections in one go: asyncio would take as many as may wait
@@ -5928,12 +5985,7 @@ APPEND_WAIT_S = 5.0  # for the lock, which everybody who may read the log may ho
 async def run(options: Options, access: AccessControl, page: bytes, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError if the address is not to be had."""
     listener = open_listener(options)
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(LoopErrorLog())
-    # A full collection with 10,000 connections stops the loop for a second, and finds nothing:
-    # see Connection.break_cycles.
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 20)
+    stop, reload = catch_signals()
 
     # What is served, and to whom.
     follower = LogFollower(options.log, options.interval)
@@ -5944,31 +5996,8 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
     files = FileSet(follower, options.zone)
     site = Site(access, broadcaster, History(options.zone), files, proof, page)
 
-    # Signals.
-    stop, reload = asyncio.Event(), asyncio.Event()
-
-    def end(*_: object) -> None:
-        exit_after(STOP_S)  # the loop may be busy for longer
-        loop.call_soon_threadsafe(stop.set)
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
-
     # Open the port, then say so.
-    server = await serve(
-        functools.partial(handle_viewer, broadcaster, options.initial),
-        sock=listener,
-        backlog=ACCEPT_BATCH,
-        process_request=functools.partial(respond, site),
-        select_subprotocol=lambda _, offered: PROTOCOL if PROTOCOL in offered else None,
-        create_connection=functools.partial(Connection, connections),  # type: ignore[arg-type]
-        server_header=None,
-        compression=None,
-        max_size=KIB,
-        open_timeout=None,  # an answer takes as long as it moves; see Connections.abort_stalled
-        ping_timeout=None,  # pongs wait behind data
-    )
+    server = await open_server(site, options.initial, listener)
     listener.listen(min(1024, limits.others // 2))  # the default drops some in a storm
     with contextlib.suppress(OSError):  # wherever standard output leads, even to a full disk
         os.write(1, f"{address_to_open(options, access, listener)}\n".encode())
@@ -5987,12 +6016,53 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
         await run_until(stop, works)
     finally:
         sd_notify("STOPPING=1")
-        for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not spoil the exit code
-            signal.signal(number, signal.SIG_IGN)
         await close(server, connections)
 
 
-async def run_until(stop: asyncio.Event, works: Iterable[Coroutine[Any, Any, None]]) -> None:
+def catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Return what SIGTERM or SIGINT sets, and what SIGHUP sets."""
+    stop, reload = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(LoopErrorLog())
+
+    def end(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not spoil the exit code
+            signal.signal(number, signal.SIG_IGN)
+        exit_after(STOP_S)  # the loop may be busy for longer
+        loop.call_soon_threadsafe(stop.set)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    return stop, reload
+
+
+def exit_after(delay_s: float) -> None:
+    """End the process then, whatever is still going on: 10,000 viewers take longer."""
+    timer = threading.Timer(delay_s, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+async def open_server(site: Site, initial_bytes: int, listener: socket.socket) -> Server:
+    connections = site.broadcaster.connections
+
+    return await serve(
+        functools.partial(handle_viewer, site.broadcaster, initial_bytes),
+        sock=listener,
+        backlog=ACCEPT_BATCH,
+        process_request=functools.partial(respond, site),
+        select_subprotocol=lambda _, offered: PROTOCOL if PROTOCOL in offered else None,
+        create_connection=functools.partial(Connection, connections),  # type: ignore[arg-type]
+        server_header=None,
+        compression=None,
+        max_size=KIB,
+        open_timeout=None,  # an answer takes as long as it moves; see Connections.abort_stalled
+        ping_timeout=None,  # pongs wait behind data
+    )
+
+
+async def run_until(stop: asyncio.Event, works: list[ServiceWork]) -> None:
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(work) for work in works]
         await stop.wait()
@@ -6020,13 +6090,6 @@ async def close(server: Server, connections: Connections) -> None:
     while not closed.done():
         connections.abort_all()
         await asyncio.sleep(0.01)
-
-
-def exit_after(seconds: float) -> None:
-    """End the process then, whatever is still going on: 10,000 viewers take longer."""
-    timer = threading.Timer(seconds, os._exit, (0,))
-    timer.daemon = True
-    timer.start()
 
 
 async def reload_credentials(
@@ -6062,7 +6125,7 @@ def address_to_open(options: Options, access: AccessControl, listener: socket.so
     return f"{scheme}://{host}:{listener.getsockname()[1]}/{token}"
 
 
-# Limits: file descriptors, and what asyncio says once there is none left.
+# Limits: file descriptors, what asyncio says once there is none left, garbage collection.
 
 
 class Limits(NamedTuple):
@@ -6104,6 +6167,15 @@ class LoopErrorLog:
         if time.monotonic() - self.last_s > 60:
             self.last_s = time.monotonic()
             logger.warning("%s: %s", context["message"], error.strerror)
+
+
+def tame_garbage_collector() -> None:
+    """Make full collections rare: with 10,000 connections one stops the loop for a second.
+
+    It would find next to nothing, see Connection.break_cycles.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
 
 
 def sd_notify(state: str) -> None:
@@ -6291,6 +6363,7 @@ def serve_log(options: Options) -> int:
     if access.generated and options.reuse_port:
         argument_parser().error("--reuse-port needs a token that all processes know")
     limits = raise_fd_limit(options.max_viewers)
+    tame_garbage_collector()
 
     with demo_folder() if options.demo else contextlib.nullcontext("") as folder:
         if options.demo:
@@ -6320,6 +6393,7 @@ def parse_options(argv: list[str] | None) -> Options:
     options = Options(**vars(argument_parser().parse_args(argv)))
     own_log = options.append is not None or options.verify is not None
     line = options.append or ""
+
     wrong = {
         "one of --log PATH and --demo is needed": not options.log and not options.demo,
         "--demo has a log of its own": options.log and options.demo,
@@ -6330,6 +6404,7 @@ def parse_options(argv: list[str] | None) -> Options:
         "--no-auth and --token-file exclude each other": options.no_auth and options.token_file,
         "--host is empty": not options.host,
     }
+
     for sentence, applies in wrong.items():
         if applies:
             argument_parser().error(sentence)
@@ -6351,23 +6426,27 @@ def argument_parser() -> ArgumentParser:
     option("--log", metavar="PATH", help="the log; it may appear later, and may be rotated")
     option("--host", metavar="ADDRESS", default="127.0.0.1", help="listen address (%(default)s)")
     option("--port", metavar="N", type=integer(0, 65535), default=8080, help="0: any (8080)")
-    option("--interval", metavar="SECONDS", type=seconds, default=3.0, help="of size checks (3)")
+    option(
+        "--interval", metavar="SECONDS", type=duration, default=3.0, help="of size checks (3)"
+    )
     option("--initial", metavar="BYTES", type=integer(0, MAX_MESSAGE), default=1000, help=INITIAL)
     option("--zone", metavar="ZONE", type=time_zone, default=datetime.UTC, help=ZONE_HELP)
     option("--token-file", metavar="PATH", help="tokens, each TOKEN or NAME TOKEN on its line")
     option("--no-auth", action="store_true", help="open to everyone who can reach the port")
     option("--tls-cert", metavar="PATH", help="serve HTTPS and WSS; read again on SIGHUP")
     option("--tls-key", metavar="PATH", help="the key of the certificate")
-    option("--allow-host", metavar="NAME", type=str.lower, action="append", default=[], help=HOSTS)
+    option("--allow-host", metavar="NAME", action="append", default=[], help=HOSTS)
     option("--allow-origin", metavar="ORIGIN", type=origin, action="append", default=[], help=PAGES)
     option("--trust-proxy", metavar="ADDRESS", type=proxy, nargs="?", const="loopback", help=PROXY)
-    option("--max-viewers", metavar="N", type=integer(1, 10**6), default=10000, help="(10000)")
-    option("--rate-limit", metavar="N", type=integer(0, 10**6), default=600, help=RATE)
+    option("--max-viewers", metavar="N", type=integer(1, 1_000_000), default=10000, help=VIEWERS)
+    option("--rate-limit", metavar="N", type=integer(0, 1_000_000), default=600, help=RATE)
     option("--reuse-port", action="store_true", help="several processes may share the port")
     option("--append", metavar="TEXT", help="write an entry to the log and exit")
     option("--anchor", metavar="SECONDS", type=seconds_or_0, default=3600.0, help=ANCHOR)
     option("--verify", metavar="RECEIPT", help="does the log hold it? - reads standard input")
-    option("--expect-every", metavar="SECONDS", type=seconds, help="say so if it is silent longer")
+    option(
+        "--expect-every", metavar="SECONDS", type=duration, help="say so if it is silent longer"
+    )
     option("--demo", action="store_true", help="follow a throw-away log with an entry a second")
     option("--version", action="version", version=f"audit_stream.py {VERSION}")
     return parser
@@ -6378,6 +6457,7 @@ ZONE_HELP = "of time stamps that name none: +01:00 or Europe/Berlin (UTC)"
 HOSTS = "a further name of an open server"
 PAGES = "a further page origin that may open the WebSocket"
 PROXY = "take its X-Forwarded-For, X-Forwarded-Proto and X-Forwarded-User"
+VIEWERS = "at the same time (10000)"
 RATE = "answers a minute and client address; 0: no limit (600)"
 ANCHOR = "between two receipts on standard output; 0: never (3600)"
 
@@ -6392,7 +6472,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def seconds(text: str) -> float:
+def duration(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 86400:
             return float(text)
@@ -6400,13 +6480,14 @@ def seconds(text: str) -> float:
 
 
 def seconds_or_0(text: str) -> float:
-    return 0.0 if text == "0" else seconds(text)
+    return 0.0 if text == "0" else duration(text)
 
 
 def time_zone(text: str) -> datetime.tzinfo:
     if match := re.fullmatch(r"([+-])([01]\d|2[0-3]):?([0-5]\d)", text, re.ASCII):
-        offset = datetime.timedelta(hours=int(match[2]), minutes=int(match[3]))
-        return datetime.timezone(-offset if match[1] == "-" else offset)
+        minutes = int(match[2]) * 60 + int(match[3])
+        offset = datetime.timedelta(minutes=minutes if match[1] == "+" else -minutes)
+        return datetime.timezone(offset)
     if text.upper() in ("UTC", "Z"):
         return datetime.UTC
     with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
