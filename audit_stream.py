@@ -3,284 +3,502 @@
 # requires-python = ">=3.11"
 # dependencies = ["websockets>=17"]
 # ///
-"""Watch an audit log live in a browser, and trust what you see.
+"""Watch one audit log live in a browser, and trust what you see.
 
-    the log -> the stream -> one viewer -> history -> HTTP -> the doors -> running -> command line
+Map     log file --check()--> segments --next_message_at()--> viewer         sections 1 to 5
+        request --respond()--> authorize() --> page, history, proof          sections 6 to 9
+        main() --> run() --> follow() for all viewers                        sections 10 and 11
 
-This file reads in the order in which a log line travels. One idea carries it: the file is the queue.
-A viewer is a position in it. The first screen, catching up when slow, resuming after a cut and passing
-through a rotation are the same step, which reads the file from a position; a viewer at the end is live
-and gets what everyone gets, in one broadcast.
+Idea    The file is the queue. A viewer is a Position in it. The first screen, catching up, resuming
+        and passing through a rotation are the same step: read the next message from a position.
+        A viewer at the end is live and gets the broadcast.
 
-Guarantees: joined, the frames that a viewer gets are the log, no byte twice and none missing, through
-rotations, reconnects and restarts; where bytes are truly gone, a frame says so at that place. The bytes
-around what was sent are compared with the file at every read: a cut or rewritten log is noticed at any size.
+Invariants
+  1  Only the last segment grows. Every other one has an end_limit and a next.
+  2  Bytes before LogFile.end do not change, as far as the first and last 4 KiB of them tell. If
+     they do, a new generation begins (truncated, rewritten).
+  3  What this process has published is never published again, whatever it is called by now. Where
+     nobody can know what lay between two files, the link between them says so (a gap).
+  4  A live viewer has no position of its own (None): all of them are at Broadcaster.position.
+  5  A cursor covers only bytes that were sent. It proves itself by the 4 KiB before it.
+  6  One event loop. What runs in a thread gets arguments and returns values; it touches nothing
+     else.
 
-Limits: one log; a frame holds 128 KiB of it, a cursor resumes through at most 64 rotated files beside it,
-and only the first and last 4 KiB of what was sent are compared with the file.
+Glossary
+  generation  one life of the log; a rename, truncation or rewrite begins the next one
+  segment     a range of one generation, in the order in which it was published
+  draining    a rotated file is still read: for 30 seconds, and as long as it grows
+  cursor      text form of a position: OFFSET.HINTPROOF for each file still read, joined by ~
+  hole        a range without data: sparse, or zero bytes that a writer reserved or a crash left
+  gap         a place where lines may be missing, and the reason in words
 """
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"audit_stream.py: Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
+
 import argparse
 import asyncio
+import asyncio.sslproto
 import base64
 import bisect
+import bz2
 import codecs
 import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import email.utils
 import errno
-import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import json
 import logging
+import lzma
 import math
+import operator
 import os
 import random
 import re
-import resource
 import secrets
+import select
 import signal
 import socket
 import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
-import termios
 import threading
 import time
+import types
 import urllib.parse
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+import zoneinfo
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 try:
+    import fcntl
+    import resource
+    import termios
+except ImportError:
+    sys.exit("audit_stream.py: no fcntl here: it takes Linux, macOS or BSD (on Windows: WSL)")
+
+try:
     import websockets.version
-    from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
+    from websockets.asyncio.server import Server, ServerConnection, serve
     from websockets.datastructures import Headers
     from websockets.exceptions import ConnectionClosed
+    from websockets.frames import Frame, Opcode
     from websockets.http11 import Request, Response
+    from websockets.protocol import State
     from websockets.typing import Subprotocol
 
     if int(websockets.version.version.partition(".")[0]) < 17:
         raise ImportError
 except ImportError:
-    sys.exit("audit_stream.py: websockets 17 or newer is missing; type: python3 -m pip install 'websockets>=17'")
+    sys.exit(
+        "audit_stream.py: websockets 17 or newer is missing;"
+        " type: python3 -m pip install 'websockets>=17'"
+    )
 
 VERSION = "1.0"
-STARTED = time.time()
 KIB, MIB = 1024, 1024 * 1024
-EDGE = 4 * KIB  # so many of the first and of the last published bytes are compared with the file
-FRAME = 128 * KIB  # of the log in one frame; as JSON at most six times as long
-BROADCAST = 64 * KIB  # a larger batch everyone reads from the file
-BACKLOG = 64 * KIB  # in a viewer's write buffer; with more it is no longer live
-WINDOW = 0.02  # seconds between two checks: bursts are put together
-LATE = 30.0  # seconds for which a rotated file is still read
-LATE_FILES = 60  # so many of them; a cursor names 64
-HESITATE = 1.0  # seconds until a missing or emptied log is one: a rotation takes less
-QUIET = 10.0  # seconds without a frame until `checked` is sent
-STUCK = 60.0  # seconds without progress until a viewer is given up
-SIBLINGS = 64  # rotated files that are looked at
-UNPACKED = 1024 * MIB  # of .gz files for one resumed viewer
-WATCHDOG = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # seconds; sd_watchdog_enabled(3)
+MAX_MESSAGE = 128 * KIB  # of the log in one message; as JSON at most six times as long
 PROTOCOL = Subprotocol("audit.v1.json")
 TEXT, HTML, JSON = "text/plain; charset=utf-8", "text/html; charset=utf-8", "application/json"
-NOTHING = "0.nothing-was-sent-yet"  # the cursor before the first byte of the first file
 
 T = TypeVar("T")
 logger = logging.getLogger("audit_stream")
-counted: collections.Counter[str] = collections.Counter()  # what /metrics says
+counters: collections.Counter[str] = collections.Counter()  # what /metrics says
 
 
-# The log: its lives, and the files beside it
+# ---- 1 Log files ---------------------------------------------------------------------------------
+# Reads one file as bytes, remembers what was published of it, and lists the rotated ones beside it.
+# Owns a descriptor each: no other section sees one.
+
+FINGERPRINT_BYTES = 4 * KIB
+# So many zero bytes are no log: a crash leaves some where a line would begin.
+RESERVED = re.compile(rb"(?:\A|\n)\0{16}|\0{1024}")
+SCAN_BYTES = 256 * KIB  # of one read while looking for the end of a hole
+MAX_SCANS = 64  # reads until a hole is taken to go on to the end of the file
+MAX_ROTATED = 64  # rotated files that are looked at, and parts of a cursor
+MAX_DECOMPRESSED = 1024 * MIB  # of all compressed files that one look, or one resumed viewer, needs
 
 
-class Marks(NamedTuple):
-    """What was published of a file: how far, and its first and last 4 KiB."""
+Identity = tuple[int, int]  # of a file: device and inode
+
+
+class Fingerprint(NamedTuple):
+    """How far a file was published, and the first and last 4 KiB of that."""
 
     end: int = 0
     head: bytes = b""
     tail: bytes = b""
 
+    def begins_like(self, start: bytes) -> bool:
+        """Return True if there were lines, and they were these, as far as 4 KiB tell."""
+        return b"\n" in self.head and start.startswith(self.head)
 
-class Generation:
-    """One life of the log, its file kept open as long as anybody needs it."""
+    def extended(self, data: bytes) -> Fingerprint:
+        """Return the fingerprint after `data` was published as well."""
+        head = self.head
+        if len(head) < FINGERPRINT_BYTES:
+            head = (head + data)[:FINGERPRINT_BYTES]
+        tail = (self.tail + data)[-FINGERPRINT_BYTES:]
+        return Fingerprint(self.end + len(data), head, tail)
 
-    living: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
-    known: dict[str, Marks] = {}  # by name, 8 KiB for each of the last 256
 
-    def __init__(self, fd: int, start: int = 0) -> None:
-        self.fd = fd
-        self.marks = Marks()
-        self.modified = 0  # of the file when it was last read, in ns
-        self.grown = (0, 0.0)  # where it ended, and since when
-        self.given = ""
-        self.mark(start)
+class LogFile:
+    """One generation of the log: an open file, and how far it was published."""
+
+    def __init__(self, fd: int, end: int = 0) -> None:
+        self._fd = fd
+        self._recent = (0, b"")  # offset and bytes of what was published last: read only once
+        self.name = ""  # of the generation; empty until somebody is told
+        self.sequence = 0  # of the generations that this process published; 0 for others
+        self.began = ("rotated", "")  # why the generation before it ended; a gap before it
+        self.lost = ""  # why something that this file held cannot be read any more
+        self.fingerprint = Fingerprint()
+        self.last_growth_s = 0.0  # when something of it was published last
+        self.unfinished = (0, 0.0)  # (first unsent byte of an unfinished line, when it was seen)
+        self.identity = self._identify()
+        if end:
+            self.record_published(end)
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        self.release()
+
+    def release(self) -> None:
+        """Close the descriptor. From now on every read raises OSError."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def replace_descriptor(self, other: LogFile) -> None:
+        """Go on in another file that holds the same bytes, for everybody who refers to this one."""
+        os.dup2(other._fd, self._fd, inheritable=False)
+        self.identity = other.identity
+
+    def duplicate(self) -> LogFile:
+        """Return another generation of the same file; nothing of it is published yet."""
+        return LogFile(os.dup(self._fd))
+
+    def _identify(self) -> Identity:
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino
+
+    # What it is
 
     @property
     def end(self) -> int:
-        return self.marks.end
+        """How far the file was published."""
+        return self.fingerprint.end
+
+    @property
+    def released(self) -> bool:
+        return self._fd < 0
+
+    @property
+    def proc_path(self) -> str:
+        """A path that leads to this very file, whatever its name is (proc(5))."""
+        return f"/proc/self/fd/{self._fd}"
 
     @property
     def size(self) -> int:
-        return os.fstat(self.fd).st_size
+        return os.fstat(self._fd).st_size
 
-    @property
-    def name(self) -> str:
-        """Derived from the first line, of a long one from its first 4 KiB; before that is there, by chance."""
-        if not self.given:
-            first, newline, _ = os.pread(self.fd, EDGE, 0).partition(b"\n")
-            base = hashlib.sha256(first if newline or len(first) == EDGE else os.urandom(16)).hexdigest()[:16]
-            names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
-            self.given = next(name for name in names if self.may_be(name))
-            self.living[self.given] = self
-        return self.given
+    def status(self) -> os.stat_result:
+        return os.fstat(self._fd)
 
-    def may_be(self, name: str) -> bool:
-        """Is it the life that has this name, or has none?"""
-        other = self.living.get(name)
-        if other and os.fstat(other.fd).st_nlink and not os.path.sameopenfile(other.fd, self.fd):
-            return False
-        return name not in self.known or self.has(self.known[name])
+    def modified_s(self) -> float:
+        """Return the time of the last change, in seconds since 1970."""
+        return os.fstat(self._fd).st_mtime
 
-    def has(self, marks: Marks) -> bool:
-        """Does the file begin with all that was published, as far as its first and last 4 KiB tell?"""
-        end, head, tail = marks
-        return os.pread(self.fd, len(head), 0) == head and os.pread(self.fd, len(tail), end - len(tail)) == tail
+    def inode_version(self) -> int:
+        """Return a number that another file in the same inode does not share; 0 if unknown.
 
-    def intact(self) -> bool:
-        return self.has(self.marks)
-
-    def marks_at(self, end: int) -> Marks:
-        edge = min(EDGE, end)
-        return Marks(end, os.pread(self.fd, edge, 0), os.pread(self.fd, edge, end - edge))
-
-    def mark(self, end: int) -> None:
-        """Everything before end is published from now on."""
-        marks = self.marks_at(end)
-        if len(marks.tail) < min(EDGE, end):
-            return  # cut in this moment; the next check sees it
-        self.marks = marks
-        self.modified = os.fstat(self.fd).st_mtime_ns
-        named = self.given or b"\n" in self.marks.head or len(self.marks.head) == EDGE
-        if named and end >= self.known.get(self.name, Marks()).end:  # what was cut off stays another life's
-            self.known[self.name] = self.marks
-            while len(self.known) > 256:
-                del self.known[next(iter(self.known))]
-
-    def is_packed_as(self, other: Generation) -> bool:
-        """Has it no name left, and does the other one hold all of it?"""
-        end = self.size
-        return os.fstat(self.fd).st_nlink == 0 and other.size == end and other.has(self.marks_at(end))
-
-    def swap(self, other: Generation) -> None:
-        """Go on in another file that has the same bytes."""
-        os.dup2(other.fd, self.fd, inheritable=False)
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes from start to end, or to the next hole and the NULs beside it."""
-        data = os.pread(self.fd, end - start, start)
-        if b"\0" in data and (hole := os.lseek(self.fd, start, os.SEEK_HOLE)) < start + len(data):
-            return data[: hole - start].rstrip(b"\0")
-        return data
-
-    def after_hole(self, start: int) -> int | None:
-        """Where the log goes on behind the next hole (lseek(2), SEEK_DATA); None where only room follows."""
-        with contextlib.suppress(OSError):  # ENXIO: nothing there yet
-            at = os.lseek(self.fd, start, os.SEEK_HOLE)
-            for _ in range(16):  # of 256 KiB: allocated and read before, room is no hole but NULs
-                at = os.lseek(self.fd, at, os.SEEK_DATA)
-                block = os.pread(self.fd, 256 * KIB, at)
-                if data := block.lstrip(b"\0"):
-                    return at + len(block) - len(data)
-                at += len(block)
-        return None
-
-    def goes_on(self, offset: int) -> bool:
-        """Is there more behind these NULs than room?"""
-        size = self.size
-        return size > offset and os.pread(self.fd, 1, size - 1) not in (b"", b"\0")
-
-    def settled(self) -> int:
-        """Where the last whole line ends; within a line longer than a frame, where the file does."""
-        end = self.last_byte()
-        low = max(0, end - FRAME)
-        data = os.pread(self.fd, end - low, low)
-        return low + (data.rfind(b"\n") + 1 or (whole_characters(data) if low else 0))
-
-    def last_byte(self) -> int:
-        """The end of the file, without holes and NULs."""
-        if os.pread(self.fd, 1, max(0, self.size - 1)) != b"\0":
-            return self.size
-        stretches = [0]
+        ioctl_iflags(2), FS_IOC_GETVERSION: ext4, xfs and btrfs have it.
+        """
         with contextlib.suppress(OSError):
-            while True:
-                stretches.append(os.lseek(self.fd, stretches[-1], os.SEEK_DATA))
-                stretches.append(os.lseek(self.fd, stretches[-1], os.SEEK_HOLE))
-        while len(stretches) > 1:
-            end, low = stretches.pop(), stretches.pop()
-            while end > low:
-                at = max(low, end - 256 * KIB)
-                if data := os.pread(self.fd, end - at, at).rstrip(b"\0"):
-                    return at + len(data)
-                end = at
+            version = fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8))
+            return int.from_bytes(version[:4], sys.byteorder)
         return 0
 
-    def line_start(self, end: int, most: int) -> int:
-        """Where the last lines before end begin, at most so many bytes; of a longer last line, its end."""
-        low = max(0, end - most)
-        while low + len(self.read(low, end)) < end:
-            low = self.after_hole(low) or end
-        if low == 0 or low == end or os.pread(self.fd, 1, low - 1) in b"\n\0":
-            return low
-        data = os.pread(self.fd, end - low, low)
-        line = data.find(b"\n") + 1
-        return low + (line if 0 < line < len(data) else character_start(data))
+    def is_deleted(self) -> bool:
+        return os.fstat(self._fd).st_nlink == 0
 
-    def survivor(self) -> int:
-        """After a cut or a rewrite: the first byte that is no longer what was published.
+    def same_file(self, other: LogFile) -> bool:
+        return self.identity == other.identity
 
-        The last 4 KiB decide; else it is the end of a file whose first 4 KiB are unchanged, else 0.
+    # Reading
+
+    def open(self) -> io.BufferedReader:
+        """Return a file object with a position of its own."""
+        return io.BufferedReader(LogFileReader(self), 64 * KIB)
+
+    def read_bytes(self, start: int, end: int) -> bytes:
+        """Return the bytes from start to end; fewer only at the end of the file."""
+        data = os.pread(self._fd, max(0, end - start), start)
+        while data and start + len(data) < end:  # files of a network or of FUSE may read short
+            offset = start + len(data)
+            more = os.pread(self._fd, end - offset, offset)
+            if not more:
+                break
+            data += more
+        return data
+
+    def read_data(self, start: int, end: int) -> bytes:
+        """Return the bytes from start to end, or to the next hole and the zero bytes beside it."""
+        data = self.read_bytes(start, end)
+        return self._before_hole(data, start) if b"\0" in data else data
+
+    def _before_hole(self, data: bytes, start: int) -> bytes:
+        hole = os.lseek(self._fd, start, os.SEEK_HOLE) - start
+        if reserved := RESERVED.search(data):
+            hole = min(hole, reserved.end())
+        return data[:hole].rstrip(b"\0") if hole < len(data) or reserved else data
+
+    def read_new(self) -> tuple[bytes, bool] | None:
+        """Return what follows the published bytes: at most a message, and whether a hole ends it.
+
+        None if the last published bytes have changed: the same call reads and compares them.
         """
-        end, head, tail = self.marks
-        low = end - len(tail)
-        same = len(os.path.commonprefix([os.pread(self.fd, len(tail), low), tail]))
-        if same:
-            return low + same - len(tail[:same]) + whole_characters(tail[:same])
+        end, _, tail = self.fingerprint
+        data = os.pread(self._fd, len(tail) + MAX_MESSAGE, end - len(tail))
+        if len(data) < len(tail):
+            data = self.read_bytes(end - len(tail), end + MAX_MESSAGE)
+        if not data.startswith(tail):
+            return None
+
+        data = data[len(tail) :]
+        if b"\0" not in data:
+            return data, False
+        kept = self._before_hole(data, end)
+        return kept, len(kept) < len(data)
+
+    def read_published(self, start: int, end: int) -> bytes | None:
+        """Return published bytes that are still in memory, else None."""
+        offset, data = self._recent
+        if offset <= start and end <= offset + len(data):
+            return data[start - offset : end - offset]
+        return None
+
+    def next_data(self, start: int) -> int | None:
+        """Return where data goes on at or after start; None if only a hole follows.
+
+        Sparse ranges are passed by lseek(2), SEEK_DATA; zero bytes that were written are read.
+        """
+        offset = start
+        with contextlib.suppress(OSError):  # ENXIO: nothing there yet
+            for _ in range(MAX_SCANS):
+                offset = os.lseek(self._fd, offset, os.SEEK_DATA)
+                block = self.read_bytes(offset, offset + SCAN_BYTES)
+                if data := block.lstrip(b"\0"):
+                    return offset + len(block) - len(data)
+                offset += len(block)
+        return None
+
+    def data_end(self) -> int:
+        """Return the end of the file without the holes and zero bytes that end it."""
         size = self.size
-        return min(size, end) if os.pread(self.fd, EDGE, 0) == head[:size] else 0
+        if self.read_bytes(max(0, size - 1), size) != b"\0":
+            return size
 
-    def part(self, offset: int, hint: str = "") -> str:
-        """Of a cursor: an offset, the inode as a hint, and 12 bytes that prove both and the log's bytes."""
+        for start, end in reversed(self._extents()):
+            while end > start:
+                low = max(start, end - SCAN_BYTES)
+                if data := self.read_bytes(low, end).rstrip(b"\0"):
+                    return low + len(data)
+                end = low
+        return 0
+
+    def _extents(self) -> list[tuple[int, int]]:
+        """Return the ranges that are not sparse."""
+        extents, offset = [], 0
+        with contextlib.suppress(OSError):  # ENXIO: no more of them
+            while True:
+                start = os.lseek(self._fd, offset, os.SEEK_DATA)
+                offset = os.lseek(self._fd, start, os.SEEK_HOLE)
+                extents.append((start, offset))
+        return extents
+
+    def complete_end(self) -> int:
+        """Return the end of the last complete line, or of the file within a very long line."""
+        end = self.data_end()
+        low = max(0, end - MAX_MESSAGE)
+        data = self.read_bytes(low, end)
+        complete = data.rfind(b"\n") + 1
+        if not complete and low:
+            complete = whole_characters(data)
+        return low + complete
+
+    def line_start(self, end: int, most: int) -> int:
+        """Return where the last lines before end begin, at most so many bytes before it.
+
+        Of a longer last line, it is where a character begins.
+        """
+        low = max(0, end - most)
+        while low + len(self.read_data(low, end)) < end:
+            low = self.next_data(low + len(self.read_data(low, end))) or end
+        if low in (0, end):
+            return low
+        if self.read_bytes(low - 1, low) in (b"\n", b"\0"):
+            return low
+
+        data = self.read_bytes(low, end)
+        line = data.find(b"\n") + 1
+        if 0 < line < len(data):
+            return low + line
+        return low + character_start(data)
+
+    # What was published
+
+    def starts_with(self, published: Fingerprint) -> bool:
+        """Return True if the file begins with these bytes, as far as the fingerprint tells."""
+        end, head, tail = published
+        if self.read_bytes(end - len(tail), end) != tail:
+            return False
+        return self.read_bytes(0, len(head)) == head
+
+    def is_unchanged(self) -> bool:
+        return self.starts_with(self.fingerprint)
+
+    def fingerprint_at(self, end: int) -> Fingerprint:
+        edge = min(FINGERPRINT_BYTES, end)
+        return Fingerprint(end, self.read_bytes(0, edge), self.read_bytes(end - edge, end))
+
+    def record_published(self, end: int) -> None:
+        """Note that everything before end is published."""
+        fingerprint = self.fingerprint_at(end)
+        if len(fingerprint.tail) == min(FINGERPRINT_BYTES, end):  # else it is being cut: wait
+            self.fingerprint = fingerprint
+            self._recent = (0, b"")
+
+    def record_appended(self, data: bytes) -> None:
+        """Note that `data`, which was just read, is published as well."""
+        self._recent = self.end, data
+        self.fingerprint = self.fingerprint.extended(data)
+
+    def was_compressed_to(self, other: LogFile) -> bool:
+        """Return True if this file was deleted and `other` holds all of its bytes."""
+        size = self.size
+        if not self.is_deleted() or other.size != size:
+            return False
+        return other.starts_with(self.fingerprint_at(size))
+
+    def change(self) -> tuple[str, int]:
+        """Return how a file that is no longer unchanged was changed, and where the stream goes on.
+
+        "cut": at the end of the file; "edited": at the start of the line in which the first byte
+        lies that is no longer what was published; "trimmed": after the last published lines, with
+        which the file begins now; "replaced": at 0.
+        """
+        end, head, tail = self.fingerprint
+        size, start = self.size, 0
+        all_is_known = end == len(tail)
+        if all_is_known or self.read_bytes(0, len(head)) == head[:size]:
+            low = end - len(tail)
+            now = self.read_bytes(low, end)
+            changed = low + len(os.path.commonprefix([now, tail]))
+            if changed >= size:
+                return "cut", size
+            start = self._start_of_line_at(changed)
+
+        if start:
+            return "edited", start
+        kept = self._kept_lines_end()
+        return ("trimmed", kept) if kept else ("replaced", 0)
+
+    def _start_of_line_at(self, offset: int) -> int:
+        low = max(0, offset - MIB)
+        before = self.read_bytes(low, offset)
+        line = before.rfind(b"\n") + 1
+        if line or not low:
+            return low + line
+        return low + whole_characters(before)
+
+    def _kept_lines_end(self) -> int:
+        """Return the end of the last published lines if the file begins with them, else 0."""
+        _, _, tail = self.fingerprint
+        if len(tail) == FINGERPRINT_BYTES:
+            found = self.read_bytes(0, min(self.end - 1, MAX_KEPT)).find(tail)
+            if found >= 0:
+                return found + len(tail)
+
+        start = self.read_bytes(0, len(tail))
+        line = tail.find(b"\n") + 1
+        while 0 < line < len(tail):
+            if start.startswith(tail[line:]):
+                return len(tail) - line
+            line = (tail.find(b"\n", line) + 1) or len(tail)
+        return 0
+
+    # Cursors
+
+    def cursor_part(self, offset: int, hint: str = "") -> str:
+        """Return OFFSET.HINTHEADPROOF: the inode as a hint, how the file begins, and a proof."""
         if not hint:
-            where = os.fstat(self.fd)
-            hint = short_hash(b"%d:%d" % (where.st_dev, where.st_ino))[:4]
-        edge = min(EDGE, offset)
-        proof = os.pread(self.fd, edge, 0) + os.pread(self.fd, edge, offset - edge) + hint.encode()
-        return f"{offset}.{hint}{short_hash(proof)}"
+            hint = short_hash(b"%d:%d" % self.identity)[:4]
+        published = self.fingerprint
+        if offset != published.end:
+            published = self.fingerprint_at(offset)
+        head = short_hash(published.head[:LIFE_BYTES])[:4]
+        proof = short_hash(published.head + published.tail + hint.encode())
+        return f"{offset}.{hint}{head}{proof}"
 
-    def proves(self, part: str) -> bool:
-        """Are the bytes those of the cursor, whichever inode they are in?"""
+    def may_become(self, part: str) -> bool:
+        """Return True if this file, once it is longer, may be the one of the cursor."""
         offset, _, proof = part.partition(".")
-        return int(offset) <= self.size and self.part(int(offset), proof[:4]) == part
+        length = min(int(offset), LIFE_BYTES)
+        head = self.read_bytes(0, length)
+        return len(head) < length or short_hash(head)[:4] == proof[4:8]
+
+    def validates(self, part: str) -> bool:
+        """Return True if the bytes are those of the cursor, whichever inode they are in."""
+        offset, _, proof = part.partition(".")
+        if int(offset) > self.size:
+            return False
+        return self.cursor_part(int(offset), proof[:4]) == part
+
+
+FS_IOC_GETVERSION = 0x80087601
+secret_files: set[Identity] = set()  # of this program; filled at the start and at each reload
+LIFE_BYTES = 64  # of a file tell it from the file before it
+MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
+OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+
+class LogFileReader(io.RawIOBase):
+    """The bytes of a log file as a stream, for gzip, bz2 and lzma."""
+
+    def __init__(self, file: LogFile) -> None:
+        self.file, self.offset = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read_bytes(self.offset, self.offset + len(buffer))
+        buffer[: len(data)] = data
+        self.offset += len(data)
+        return len(data)
 
 
 def short_hash(data: bytes) -> str:
@@ -288,116 +506,326 @@ def short_hash(data: bytes) -> str:
 
 
 def whole_characters(data: bytes) -> int:
-    """How many bytes there are before a UTF-8 character at the end of which a part has yet to come."""
+    """Return how many bytes there are before a UTF-8 character that is not complete yet."""
     end = data[-4:]
     return len(data) - len(end) + codecs.utf_8_decode(end, "replace", False)[1]
 
 
 def character_start(data: bytes) -> int:
-    """How many bytes at the beginning belong to a character that began before."""
-    return next((n for n, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
+    """Return how many bytes at the beginning belong to a character that began before."""
+    for offset, byte in enumerate(data[:4]):
+        if byte & 0xC0 != 0x80:
+            return offset
+    return 0
 
 
-def open_file(path: str) -> Generation:
-    """The regular file at path, never waiting for a FIFO; OSError says what else is there."""
-    kind = os.stat(path).st_mode
-    if not stat.S_ISREG(kind):
-        raise OSError(errno.EINVAL, "no regular file, a directory" if stat.S_ISDIR(kind) else "no regular file")
-    return Generation(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
+def open_log_file(path: str) -> LogFile:
+    """Open the regular file at path, never waiting for a FIFO. Raises OSError for anything else."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file but a directory", path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    if (status.st_dev, status.st_ino) in secret_files:
+        raise OSError(errno.EACCES, "a secret of this server, and not a log", path)
+    return LogFile(os.open(path, OPEN_FLAGS))
 
 
-def siblings(path: str) -> list[str]:
-    """The rotated files beside the log, newest first: NAME.1, NAME.2.gz, NAME-20251217, NAME.2025-12-16."""
-    return [name for name, *_ in listing(path) if name != path]
+class GenerationNames:
+    """The names of generations: derived from the bytes, and unique within this process."""
+
+    def __init__(self) -> None:
+        self._open: weakref.WeakValueDictionary[str, LogFile] = weakref.WeakValueDictionary()
+        self._known: dict[str, Fingerprint] = {}  # 8 KiB for each of the last 256
+
+    def assign(self, file: LogFile) -> str:
+        """Return the name of a generation; choose it at the first call.
+
+        It is a hash of the first two complete lines (at most 4 KiB of them), of the first one if
+        there is no second; random while there is none.
+        """
+        if not file.name:
+            base = generation_name(file.read_bytes(0, FINGERPRINT_BYTES))
+            names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
+            file.name = next(name for name in names if self._may_take(file, name))
+            self._open[file.name] = file
+        self._remember(file)
+        return file.name
+
+    def known_name(self, start: bytes) -> str:
+        """Return the name of the one generation that begins like this; "" for none or several."""
+        known = list(self._known.items())
+        names = [name for name, fingerprint in known if fingerprint.begins_like(start)]
+        return names[0] if len(names) == 1 else ""
+
+    def same_inode(self, file: LogFile) -> list[LogFile]:
+        """Return all named generations that are read from the same file."""
+        return [other for other in self._open.values() if other.same_file(file)]
+
+    def _may_take(self, file: LogFile, name: str) -> bool:
+        """Return True unless another generation owns this name."""
+        other = self._open.get(name)
+        if other and not other.released and not other.is_deleted() and not other.same_file(file):
+            return False
+        return name not in self._known or file.starts_with(self._known[name])
+
+    def _remember(self, file: LogFile) -> None:
+        known = self._known.pop(file.name, Fingerprint())
+        longer = max(known, file.fingerprint, key=lambda fingerprint: fingerprint.end)
+        self._known[file.name] = longer  # a shorter file must not hide the longer one
+        if len(self._known) > 256:
+            del self._known[next(iter(self._known))]
 
 
-def listing(path: str) -> list[tuple[str, int, int]]:
-    """The log and its siblings, each file once, and which ones they are."""
-    found: dict[str, re.Match[str]] = {}
-    for log in dict.fromkeys((path, os.path.realpath(path))):
+def generation_name(start: bytes) -> str:
+    """Return the name of a generation that begins like this, before it is made unique."""
+    first = start.find(b"\n") + 1
+    second = start.find(b"\n", first) + 1 if first else 0
+    if len(start) == FINGERPRINT_BYTES and not second:
+        second = len(start)
+    lines = start[: second or first] or os.urandom(16)
+    return hashlib.sha256(lines).hexdigest()[:16]
+
+
+# -- rotated files --
+
+COMPRESSED: dict[str, Callable[..., Any]]
+COMPRESSED = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+DATE = r"(?:(?:19|20|21)\d\d[-_.:T\d]*\d|\d{9,11})"
+PLAIN_SLACK_S, COMPRESSED_SLACK_S = 0.02, 1.0  # a compressed file's time is before its last line
+
+
+class ParsedName(NamedTuple):
+    """What the name of a rotated file says."""
+
+    kind: str  # "number" or "date", and where it stands: only names of one kind can be compared
+    rank: tuple[int, ...]  # within a kind, larger is newer
+    compressed: str  # "", "gz", "bz2" or "xz"
+
+
+class RotatedName(NamedTuple):
+    """A rotated file beside the log."""
+
+    path: str
+    kind: str
+    rank: tuple[int, ...]
+    compressed: str
+    identity: Identity
+    size: int
+    modified_s: float
+    changed_s: float  # of the inode: a rename counts
+
+
+def rotated_files(path: str) -> list[RotatedName]:
+    """Return the rotated files beside the log, newest first: NAME.1, NAME-20251217, STEM.1.EXT …"""
+    found: dict[str, ParsedName] = {}
+    for log in dict.fromkeys((path, real_path(path))):
         folder, name = os.path.split(log)
-        shape = re.compile(re.escape(name) + r"(?:\.(\d{1,5})|[-.](\d{4}[-_.:T\d]*\d))(\.gz)?")
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-            found |= {entry.path: match for entry in entries if (match := shape.fullmatch(entry.name))}
-    names = [name for name, match in found.items() if not match[3] or name[:-3] not in found]  # else not packed yet
-    names.sort(key=lambda name: found[name][2] or "", reverse=True)
-    names.sort(key=lambda name: int(found[name][1] or 0))  # stable: the dated ones stay in their order
-    files: dict[tuple[int, int], str] = {}
-    for name in (path, *names[:SIBLINGS]):
+            for entry in entries:
+                if parsed := parse_rotated_name(name, entry.name):
+                    found.setdefault(entry.path, parsed)
+
+    for name in list(found):  # a compressed file beside the plain one is not complete yet
+        if found[name].compressed and os.path.splitext(name)[0] in found:
+            del found[name]
+    return newest_first(path, found)
+
+
+def newest_first(path: str, found: dict[str, ParsedName]) -> list[RotatedName]:
+    """Return the newest 64 files, once each; of several kinds, the one written last comes first."""
+    kinds: dict[str, list[RotatedName]] = {}
+    seen = {file_identity(path)}
+    for name in sorted(found, key=lambda name: found[name].rank, reverse=True):
+        files = kinds.setdefault(found[name].kind, [])
+        if len(files) >= MAX_ROTATED:
+            continue
         with contextlib.suppress(OSError):
             status = os.stat(name)
-            files.setdefault((status.st_dev, status.st_ino), name)
-    return [(name, *which) for which, name in files.items()]
+            identity = (status.st_dev, status.st_ino)
+            if identity not in seen and stat.S_ISREG(status.st_mode):
+                seen.add(identity)
+                size, times = status.st_size, (status.st_mtime, status.st_ctime)
+                files.append(RotatedName(name, *found[name], identity, size, *times))
+
+    filled = [files for files in kinds.values() if files]
+    filled.sort(key=lambda files: max(file.modified_s for file in files), reverse=True)
+    return list(itertools.chain(*filled))[:MAX_ROTATED]
 
 
-def is_file(path: str, fd: int) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    return False
+@functools.lru_cache(1 << 16)
+def parse_rotated_name(log: str, name: str) -> ParsedName | None:
+    """Return what a rotated file's name says; None for any other name."""
+    compressed = compression_of(name)
+    if compressed:
+        name = os.path.splitext(name)[0]
+    if name.startswith(log):
+        return parse_suffix(name[len(log) :], "", compressed)
+
+    stem, extension = os.path.splitext(log)
+    if extension and name.startswith(stem) and name.endswith(extension):
+        inside = name[len(stem) : len(name) - len(extension)]
+        return parse_suffix(inside, " inside", compressed)
+    return None
 
 
-def unpack(path: str, most: int, unwanted: threading.Event) -> Generation:
-    """A .gz file as an ordinary one, in a temporary file without a name; OSError if broken, larger or unwanted."""
-    source = open_file(path)
-    with tempfile.TemporaryFile() as copy, open(os.dup(source.fd), "rb") as file, gzip.open(file) as packed:
-        try:
-            while data := packed.read(MIB):
-                if copy.tell() + len(data) > most or unwanted.is_set():
-                    raise OSError(errno.EFBIG, "is too large to unpack")
-                copy.write(data)
-        except (EOFError, zlib.error) as error:
-            raise OSError(errno.EINVAL, "is no whole .gz file") from error
-        copy.flush()
-        return Generation(os.dup(copy.fileno()))
+def parse_suffix(suffix: str, where: str, compressed: str) -> ParsedName | None:
+    if match := re.fullmatch(r"\.(\d{1,6})", suffix):
+        return ParsedName(f"number{where}", (-int(match[1]),), compressed)
+    if match := re.fullmatch(f"[-.]({DATE})", suffix):
+        return ParsedName(f"date{where}", date_rank(match[1]), compressed)
+    return None
 
 
-async def off_loop(work: Callable[..., T], *args: Any) -> T:
-    """In a thread. What may take long looks at its last argument: it is set when nobody waits for it any more."""
-    unwanted = threading.Event()
+COMPACT_DATE = r"(?:19|20|21)\d\d(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?:\d\d){0,3}"
+
+
+def date_rank(text: str) -> tuple[int, ...]:
+    """Return a date, and the number after it, as numbers: 2025-12-17.9 is (2025, 12, 17, 9)."""
+    if text.isdecimal() and not re.fullmatch(COMPACT_DATE, text):
+        return tuple(time.gmtime(int(text))[:6])
+
+    numbers, rest = [int(text[:4])], text[4:]
+    for group in re.findall(r"\d+", rest):
+        compact = rest[0].isdecimal() if len(numbers) == 1 else len(numbers) == 3
+        if compact and len(group) in (4, 6, 8, 10):
+            numbers += map(int, re.findall(r"\d\d", group))
+        else:
+            numbers.append(int(group))
+    return tuple(numbers)
+
+
+def real_path(path: str) -> str:
+    """Return the path without symbolic links; as it is if one of them is just being replaced."""
     try:
-        return await asyncio.to_thread(work, *args, unwanted)
+        return os.path.realpath(path)
+    except OSError:
+        return path
+
+
+def file_identity(path: str) -> Identity:
+    """Return device and inode; (0, 0) if there is no such file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return 0, 0
+
+
+def compression_of(path: str) -> str:
+    extension = os.path.splitext(path)[1][1:]
+    return extension if extension in COMPRESSED else ""
+
+
+def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFile:
+    """Return the content of a compressed file, in a temporary file without a name.
+
+    Raises OSError if it is damaged, larger than most_bytes or half of what the disk has left, or if
+    the caller has gone.
+    """
+    source = open_log_file(path)
+    with tempfile.TemporaryFile(dir=spacious_folder()) as copy, source.open() as file:
+        disk = os.fstatvfs(copy.fileno())
+        most_bytes = min(most_bytes, disk.f_bavail * disk.f_frsize // 2)
+
+        try:
+            with COMPRESSED[compression_of(path)](file) as stream:
+                while data := stream.read(MIB):
+                    if copy.tell() + len(data) > most_bytes or cancelled.is_set():
+                        raise OSError(errno.EFBIG, "is too large to decompress", path)
+                    copy.write(data)
+        except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+            raise OSError(errno.EINVAL, "is damaged", path) from error
+        copy.flush()
+        modified_ns = source.status().st_mtime_ns
+        os.utime(copy.fileno(), ns=(modified_ns, modified_ns))
+        return LogFile(os.dup(copy.fileno()))
+
+
+def first_bytes(path: str, count: int) -> bytes:
+    """Return the beginning of a rotated file, compressed or not. Raises OSError."""
+    file = open_log_file(path)
+    if not compression_of(path):
+        return file.read_bytes(0, count)
+    try:
+        with file.open() as raw, COMPRESSED[compression_of(path)](raw) as stream:
+            return bytes(stream.read(count))
+    except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise OSError(errno.EINVAL, "is damaged", path) from error
+
+
+def spacious_folder() -> str | None:
+    """Return a folder for large temporary files: /tmp may lie in memory, /var/tmp does not."""
+    if "TMPDIR" in os.environ or not os.access("/var/tmp", os.W_OK):
+        return None  # as tempfile chooses
+    return "/var/tmp"
+
+
+async def run_in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """Run `work` in a thread; its last argument is an Event, set when the caller has gone."""
+    cancelled = threading.Event()
+    try:
+        return await asyncio.to_thread(work, *arguments, cancelled)
     finally:
-        unwanted.set()
+        cancelled.set()
 
 
-# The stream: what was published, as a linked list of stretches
+# ---- 2 The stream --------------------------------------------------------------------------------
+# Tells what comes next from any position, and what that looks like on the wire. Owns the linked
+# list of segments; only link_to() and Resumer change it.
+#
+#   [ app.log, 0 to 900 ] --rotated--> [ new app.log, 0 to 400 ] --> [ old file, 900 to 950 ] --+
+#                                            late lines of the old file: a link without an event |
+#                                      [ new app.log, 400 to … ] <------ the tail: it still grows
+
+EMPTY_CURSOR = "0.nothing-was-sent-yet"  # before the first byte of the first file
 
 
 class Segment:
-    """A stretch of one generation, up to `end`; the last one of the list grows with its generation."""
+    """A range of one generation. The last one of the list grows with its generation."""
 
-    def __init__(self, gen: Generation, older: Iterable[str] = (), newer: Iterable[str] = ()) -> None:
-        self.gen = gen
-        self.older, self.newer = tuple(older), tuple(newer)  # how far the other files that are still read were sent
-        self.before = NOTHING  # the cursor at offset 0, which proves nothing: the end of what came before
-        self.stop: int | None = None
+    def __init__(
+        self, file: LogFile, older: Iterable[str] = (), newer: Iterable[str] = ()
+    ) -> None:
+        self.file = file
+        self.older_parts = tuple(older)  # of a cursor: how far the other files still read were sent
+        self.newer_parts = tuple(newer)
+        self.start_cursor = EMPTY_CURSOR  # at offset 0, with no bytes to prove: the end before it
+        self.end_limit: int | None = None  # None: it grows
         self.next: Link | None = None
 
     @property
     def end(self) -> int:
-        return self.gen.end if self.stop is None else min(self.stop, self.gen.end)
+        if self.end_limit is None:
+            return self.file.end
+        return min(self.end_limit, self.file.end)
 
     def cursor(self, offset: int) -> str:
-        return "~".join((*self.older, self.gen.part(offset), *self.newer)) if offset else self.before
+        if not offset:
+            return self.start_cursor
+        own_part = self.file.cursor_part(offset)
+        return "~".join((*self.older_parts, own_part, *self.newer_parts))
 
-    def lead(self, following: Segment, offset: int, event: str = "") -> Segment:
-        """End here, and go on there."""
-        self.stop = self.end
-        following.before = self.cursor(self.stop)
-        self.next = Link(following, offset, event)
+    def link_to(
+        self, following: Segment, offset: int, event: str = "", gap: str = ""
+    ) -> Segment:
+        """Close this segment, and go on at that offset of the next one. Return the next one."""
+        self.end_limit = self.end
+        following.start_cursor = self.cursor(self.end_limit)
+        self.next = Link(following, offset, event, gap)
         return following
 
 
 class Link(NamedTuple):
-    """The way from a segment to the next one, with the reason if another generation begins there."""
+    """The way to the next segment. An event is the reason why another generation begins there."""
 
     segment: Segment
     offset: int
-    event: str
+    event: str  # "rotated", "truncated", "rewritten"; "" within a generation
+    gap: str  # why lines may be missing here, "" if none can be
 
 
 class Position(NamedTuple):
-    """A viewer: so far it was served."""
+    """How far a viewer has been served."""
 
     segment: Segment
     offset: int
@@ -407,11 +835,19 @@ class Position(NamedTuple):
         return self.segment.cursor(self.offset)
 
 
-class Frame:
+class Message:
     """What one step brings: bytes of the log, a hole, or the beginning of another generation."""
 
-    def __init__(self, kind: str, reason: str, start: int, to: Position, data: bytes = b"") -> None:
-        self.kind, self.reason, self.start, self.to, self.data = kind, reason, start, to, data
+    def __init__(
+        self, kind: str, reason: str, start: int, next_position: Position, data: bytes = b""
+    ) -> None:
+        self.kind, self.reason, self.start = kind, reason, start
+        self.next_position, self.data = next_position, data
+        self.gap = ""
+
+    @property
+    def file(self) -> LogFile:
+        return self.next_position.segment.file
 
     @functools.cached_property
     def text(self) -> str:
@@ -423,995 +859,2150 @@ class Frame:
 
     @functools.cached_property
     def json(self) -> bytes:
-        gen, end = self.to.segment.gen, self.to.offset
-        fields: dict[str, Any] = {"type": self.kind, "start": self.start, "cursor": self.to.cursor}
-        if self.kind == "append":
-            fields |= {"generation": gen.name, "end": end, "text": self.text}
-        elif self.kind == "skip":
-            fields |= {"reason": self.reason, "end": end}
-        else:
-            fields |= {"reason": self.reason, "generation": gen.name}
-        return json.dumps(fields, ensure_ascii=False).encode()
+        return stream_message(self)
 
 
-def settled(at: Position) -> Position:
-    """The same place, at the beginning of the next stretch where one is at its end."""
-    segment, offset = at
+def normalize(position: Position) -> Position:
+    """Return the same place at the start of the next segment if one is at the end of its own."""
+    segment, offset = position
     while offset >= segment.end and segment.next and not segment.next.event:
-        segment, offset, _ = segment.next
+        segment, offset = segment.next[:2]
     return Position(segment, offset)
 
 
-def last_generation(segment: Segment) -> Generation:
-    """The one at the end of the stream: the follower looks after it."""
+def next_message_at(position: Position, most_bytes: int = MAX_MESSAGE) -> Message | None:
+    """Return the next message from a position, with at most so many bytes of the log.
+
+    None at the end of the stream, and where the follower has to look first: the bytes there are no
+    longer what was published. Raises OSError.
+    """
+    segment, offset = normalize(position)
+    file, end = segment.file, segment.end
+    if offset >= end:
+        return following_generation(segment)
+
+    wanted = min(end, offset + most_bytes)
+    data = file.read_published(offset, wanted)
+    if data is None and not file.released:
+        data = file.read_data(offset, wanted)
+        if not file.is_unchanged():
+            if last_file(segment) is file:
+                return None
+            data = None  # a rotated file that changed can no longer be trusted: skip the rest of it
+    if not data:
+        return hole_message(segment, offset, readable=data is not None)
+
+    if len(data) == most_bytes and wanted < end:
+        data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
+    return Message("append", "", offset, Position(segment, offset + len(data)), data)
+
+
+def last_file(segment: Segment) -> LogFile:
+    """Return the file at the end of the stream: the follower looks after it."""
     while segment.next:
         segment = segment.next.segment
-    return segment.gen
+    return segment.file
 
 
-def step(at: Position) -> Frame | None:
-    """The next frame from a position; None at the end, and where the follower has to look first."""
-    segment, offset = settled(at)
-    gen, end = segment.gen, segment.end
-    if offset >= end:
-        if segment.next is None:
-            return None
-        segment, offset, event = segment.next
-        return Frame("generation", event, offset, Position(segment, offset))
-    data = gen.read(offset, min(end, offset + FRAME))
-    if not gen.intact() and last_generation(segment) is gen:
+def following_generation(segment: Segment) -> Message | None:
+    if segment.next is None:
         return None
-    if not data or not gen.intact():  # a rotated file that was changed is as good as a hole
-        to = (gen.intact() and gen.after_hole(offset)) or end
-        return Frame("skip", "hole", offset, Position(segment, min(to, end)))
-    if len(data) == FRAME and offset + FRAME < end:
-        data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
-    return Frame("append", "", offset, Position(segment, offset + len(data)), data)
+    following, offset, event, gap = segment.next
+    message = Message("generation", event, offset, Position(following, offset))
+    message.gap = gap
+    return message
 
 
-class Log:
-    """The follower: reads what is appended, and notices what else happens to the file."""
+def hole_message(segment: Segment, offset: int, readable: bool) -> Message:
+    end = segment.end
+    if readable:
+        end = min(end, segment.file.next_data(offset) or end)
+    return Message("skip", "hole", offset, Position(segment, end))
 
-    def __init__(self, path: str, interval: float) -> None:
-        self.path, self.interval = path, interval
-        self.gen = Generation(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # until there is a log
-        self.tail = Segment(self.gen)
-        self.pending: collections.deque[tuple[Generation, str]] = collections.deque()
-        self.late: dict[Generation, float] = {}  # rotated files, and until when they are read
-        self.state, self.detail = "missing", "No such file or directory"
-        self.found = False
-        self.amiss = 0.0  # since when something else than our file is at the path, or nothing
-        self.busy, self.unpacking = asyncio.Lock(), asyncio.Lock()
-        self.unpacked: weakref.WeakValueDictionary[tuple[int, int, int], Generation] = weakref.WeakValueDictionary()
-        self.round = asyncio.Event()
-        self.open()
 
-    @property
-    def name(self) -> str:
-        return os.fsencode(os.path.basename(self.path)).decode(errors="replace")
+# -- wire messages: the subprotocol audit.v1.json --
 
-    def open(self) -> None:
-        """Begin at the end of the log, and with what is still written to a file that was just rotated."""
-        with contextlib.suppress(OSError):
-            gen = open_file(self.path)
-            self.gen.swap(gen)
-            self.gen.mark(gen.settled())
-            self.found, self.state, self.detail = True, "ok", ""
-        with contextlib.suppress(OSError, StopIteration):
-            newest = next(iter(siblings(self.path)))
-            if newest.endswith(".gz") and self.gen.end:
-                return
-            old = unpack(newest, UNPACKED, threading.Event()) if newest.endswith(".gz") else open_file(newest)
-            old.mark(old.last_byte())
-            self.tail.before = old.part(old.end) if old.end else NOTHING
-            if time.time() - os.fstat(old.fd).st_ctime < LATE:
-                self.late[old] = time.monotonic() + LATE
-                self.tail.older = self.segment(self.gen).older
 
-    def segment(self, gen: Generation) -> Segment:
-        """A new stretch of one of the files that are read."""
-        files = [*self.late, self.gen]
-        parts = [other.part(other.end) if other.end else "" for other in files]
-        at = files.index(gen)
-        return Segment(gen, filter(None, parts[:at]), filter(None, parts[at + 1 :]))
+def stream_message(message: Message) -> bytes:
+    fields: dict[str, Any] = {
+        "type": message.kind,
+        "start": message.start,
+        "cursor": message.next_position.cursor,
+    }
 
-    def patience(self) -> float:
-        """Seconds until the next check, if no event shortens them."""
-        return min(self.interval, HESITATE) if self.amiss and self.state == "ok" else self.interval
+    if message.kind == "append":
+        fields |= {"end": message.next_position.offset, "generation": message.file.name}
+        fields["text"] = message.text
+    elif message.kind == "skip":
+        fields |= {"end": message.next_position.offset, "reason": message.reason}
+    else:
+        fields |= {"reason": message.reason, "generation": message.file.name}
+        fields["gap"] = message.gap or None
+    return wire_text(fields)
 
-    def folders(self) -> set[str]:
-        return {os.path.dirname(path) or "." for path in (self.path, os.path.realpath(self.path))}
 
-    async def check(self) -> bool:
-        """Read at most a frame of what is new, or see what else happened; true where there may be more."""
-        async with self.busy:
-            try:
-                if not self.gen.intact():
-                    return await self.overwritten()
-                more = self.pull(self.gen)
-                more |= self.read_late()
-                return more or await self.look()
-            except OSError as error:
-                self.trouble("unreadable", error.strerror or "cannot be read")
-                return False
-            finally:
-                self.round.set()
-                self.round = asyncio.Event()
+def snapshot_message(
+    log: str, start: int, position: Position, text: str, resumed: bool, reason: str | None
+) -> bytes:
+    file = position.segment.file
 
-    def pull(self, gen: Generation, final: bool = False) -> bool:
-        """Publish whole lines, and of an unfinished one what is due; true where there may be more."""
-        start = gen.end
-        data = gen.read(start, start + FRAME)
-        if not gen.intact():
-            return True
-        whole = data.rfind(b"\n") + 1
-        if not whole and len(data) == FRAME and (data.strip(b"\0") or gen.goes_on(start + FRAME)):
-            whole = whole_characters(data)
-        rest = data[whole:].rstrip(b"\0") if len(data) < FRAME else b""
-        hole = gen.after_hole(start + whole) if len(data) < FRAME and gen.size > start + len(data) else None
-        if rest and (final or hole or self.overdue(gen, start + whole + len(rest))):
-            whole += len(rest) if final or hole else whole_characters(rest)
-        if whole or hole:
-            gen.mark(hole or start + whole)
-            counted["read_bytes_total"] += whole
-            counted["read_lines_total"] += data.count(b"\n", 0, whole)
-        return hole is not None or (len(data) == FRAME and whole > 0)
+    fields = {
+        "type": "snapshot",
+        "log": log,
+        "generation": file.name,
+        "resumed": resumed,
+        "reason": reason,
+        "start": start,
+        "end": position.offset,
+        "cursor": position.cursor,
+        "size": max(file.size, position.offset),
+        "text": text,
+    }
+    return wire_text(fields)
 
-    def overdue(self, gen: Generation, end: int) -> bool:
-        """Has nothing been added for an interval?"""
-        now = time.monotonic()
-        if gen.grown[0] != end:
-            gen.grown = end, now
-        return now - gen.grown[1] >= self.interval
 
-    def read_late(self) -> bool:
-        """What is still written to rotated files: a stretch of an older generation each."""
-        more = False
-        for gen, until in list(self.late.items()):
-            start, over = gen.end, time.monotonic() > until
-            if gen.intact():
-                more |= self.pull(gen, final=over)
-            if gen.end > start:
-                self.tail = self.tail.lead(self.segment(gen), start)
-            if over and not more:
-                del self.late[gen]
-            if gen.end > start or over:
-                self.tail = self.tail.lead(self.segment(self.gen), self.gen.end)
-        return more
+def state_message(state: LogState) -> bytes:
+    return wire_text({"type": "state", "state": state.state, "detail": state.detail})
 
-    async def look(self) -> bool:
-        """Is the log still the file that is open?"""
-        if self.pending:
-            self.begin(*self.pending.popleft())
-            return True
-        try:
-            if self.found and os.path.samestat(os.stat(self.path), os.fstat(self.gen.fd)):
-                return self.fine()
-            before = listing(self.path)
-            new = open_file(self.path)
-            new = next((gen for gen in self.late if os.path.sameopenfile(gen.fd, new.fd)), new)  # it is back
-        except OSError as error:
-            gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-            self.trouble("missing" if gone else "unreadable", error.strerror or "cannot be read")
-            return False
-        old = self.gen
-        if not self.found or (os.fstat(old.fd).st_nlink == 0 and (old.end or not old.size) and new.has(old.marks)):
-            old.swap(new)
-            self.found = True
-        elif new.size == 0 and self.hesitates():
-            return False
-        else:
-            chain = await self.rotated()
-            if listing(self.path) != before:
-                return True  # the files were renamed while we opened them: look again
-            self.queue(chain, (new, "rotated"))
-        self.fine()
-        return True
 
-    async def overwritten(self) -> bool:
-        """The log was cut or rewritten: go on where it changed; what was unread may be in a copy of it."""
-        old = self.gen
-        cut = old.size < old.end or os.pread(old.fd, 4, max(0, old.end - 4)) != old.marks.tail[-4:]
-        if old.size == 0 and self.hesitates():
-            return False
-        before = listing(self.path)
-        copies = await self.rotated()
-        if listing(self.path) != before:
-            return True
-        start = 0 if copies else old.survivor()
-        new = Generation(os.dup(old.fd), start)
-        reason = "truncated" if cut or copies else "rewritten"
-        self.note(reason)
-        if any(old.is_packed_as(gen) for gen in copies[1:]):
-            self.queue(copies[:-1], (copies[-1], "rotated"))
-        elif copies:
-            self.queue(copies, (new, reason))
-        else:
-            old.mark(min(start, old.end))
-            self.gen = new
-            self.tail = self.tail.lead(self.segment(new), start, reason)
-        self.fine()
-        return True
+def checked_message(size: int, end: int, unfinished: int) -> bytes:
+    return wire_text({"type": "checked", "size": size, "end": end, "unfinished": unfinished})
 
-    async def rotated(self) -> list[Generation]:
-        """Our file, or a copy from before it was cut or packed, and what was rotated since, oldest first."""
-        paths = siblings(self.path)
-        ours = next((at for at, path in enumerate(paths) if is_file(path, self.gen.fd)), None)
-        if ours is not None and not self.gen.intact():
-            paths, ours = paths[ours + 1 :], None  # what is newer than our file comes after it, not after its copy
-        found: list[Generation] = []
-        for at, path in enumerate(paths):
-            try:
-                if ours is None and (not self.gen.end or os.stat(path).st_mtime_ns < self.gen.modified):
-                    break  # a copy was written after the log was
-                found.insert(0, Generation(os.dup(self.gen.fd)) if at == ours else await self.open_rotated(path))
-                if at == ours or (ours is None and found[0].has(self.gen.marks)):
-                    return found
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise  # there may be one all the same
-        return []
 
-    async def open_rotated(self, path: str) -> Generation:
-        if not path.endswith(".gz"):
-            return open_file(path)
-        async with self.unpacking:
-            return await off_loop(unpack, path, UNPACKED)
+def wire_text(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False).encode()
 
-    async def unpack_once(self, path: str, most: int) -> Generation:
-        """A .gz file, one copy for all viewers that resume in it or before it."""
-        async with self.unpacking:
-            status = os.stat(path)
-            which = status.st_dev, status.st_ino, status.st_mtime_ns
-            gen = self.unpacked.get(which)
-            if gen is None:
-                gen = self.unpacked[which] = await off_loop(unpack, path, most)
-            return gen
 
-    def queue(self, chain: list[Generation], last: tuple[Generation, str]) -> None:
-        """Read on in the first of the chain, then the files that came after it, and then the last."""
-        if chain:
-            lives = {self.gen, *Generation.living.values()}  # the copy also has what came before a cut
-            for gen in [gen for gen in lives if os.path.sameopenfile(gen.fd, self.gen.fd)]:
-                gen.swap(chain[0])
-        self.pending.extend([*((gen, "rotated") for gen in chain[1:]), last])
-
-    def begin(self, new: Generation, reason: str) -> None:
-        """The open file is read to its end: from now on the next one is the log."""
-        old = self.gen
-        self.pull(old, final=True)
-        self.late.pop(new, None)
-        self.late[old] = time.monotonic() + LATE
-        if len(self.late) > LATE_FILES:
-            self.late[next(iter(self.late))] = 0.0
-        self.gen = new
-        self.tail = self.tail.lead(self.segment(new), new.end, reason)
-        if reason == "rotated":
-            self.note(reason)
-
-    def note(self, reason: str) -> None:
-        counted[f'generations_total{{reason="{reason}"}}'] += 1
-        logger.info("log was %s", reason)
-
-    def hesitates(self) -> bool:
-        self.amiss = self.amiss or time.monotonic()
-        return time.monotonic() - self.amiss < HESITATE
-
-    def trouble(self, state: str, detail: str) -> None:
-        if self.state != "ok" or not self.hesitates():
-            self.change(state, detail)
-
-    def fine(self) -> bool:
-        self.amiss = 0.0
-        self.change("ok", "")
-        return False
-
-    def change(self, state: str, detail: str) -> None:
-        if (state, detail) != (self.state, self.detail):
-            logger.info("log is %s", f"{state} ({detail})" if detail else state)
-        self.state, self.detail = state, detail
-
-    async def resume(self, cursor: str) -> Position | str:
-        """The position of a cursor, or the reason why there is none: it is checked against the files."""
-        parts = parse_cursor(cursor)
-        if parts is None:
-            return "malformed"
-        while True:
-            before = listing(self.path)
-            while await self.check():  # the files as they are: what the follower has yet to see would be out of order
-                await asyncio.sleep(0)
-            current = self.gen
-            files, owners = await self.locate(parts)
-            if current is not self.gen or listing(self.path) != before:
-                continue  # rotated meanwhile
-            read = {current, *self.late}
-            if not current.intact() or any(gen in read and offset_of(part) > gen.end for part, gen in owners.items()):
-                await self.round.wait()  # the reader has to pass first
-            elif not parts or parts[-1] in owners:
-                return self.thread(parts, files, owners)
-            else:
-                return "ahead" if offset_of(parts[-1]) > current.size else "changed"
-
-    async def locate(self, parts: list[str]) -> tuple[list[Generation], dict[str, Generation]]:
-        """The files, newest first, as far as they are wanted, and which of them proves which part of a cursor."""
-        files = [self.gen, *reversed(self.late)]
-        owners = assign(parts, files)
-        if parts and all(part in owners and owners[part].part(offset_of(part)) == part for part in parts):
-            return files, owners
-        packed = []
-        for path in siblings(self.path):
-            with contextlib.suppress(OSError):
-                if path.endswith(".gz"):
-                    packed.append((len(files), path))
-                elif not any(os.path.sameopenfile((gen := open_file(path)).fd, known.fd) for known in files):
-                    files.append(gen)
-        owners = assign(parts, files)
-        left, opened = UNPACKED, 0
-        for place, path in packed:
-            if parts and len(owners) == len(parts) and all(gen in files[: place + opened] for gen in owners.values()):
-                break
-            with contextlib.suppress(OSError):
-                gen = await self.unpack_once(path, left)
-                left -= gen.size
-                open_yet = (known for known in self.late if known.size == gen.size)
-                if not any(gen.has(known.marks) for known in open_yet):
-                    files.insert(place + opened, gen)
-                    opened += 1
-                    owners = assign(parts, files)
-        return files, owners
-
-    def thread(self, parts: list[str], files: list[Generation], owners: dict[str, Generation]) -> Position:
-        """The stretches from a cursor to the end of the stream, in one step, so that nothing falls between."""
-        for gen in files:
-            if gen is not self.gen and gen not in self.late:
-                gen.mark(gen.last_byte())
-        newest = owners[parts[-1]] if parts else files[-1]
-        sent = [(owners[part], part) for part in parts[:-1] if part in owners]
-        first = last = Segment(newest, (part for _, part in sent))
-        for gen, part in sent:
-            last = last.lead(Segment(gen, newer=[newest.part(newest.end)]), offset_of(part))
-        for gen in reversed(files[1 : files.index(newest)]):
-            last = last.lead(Segment(gen), 0, "rotated")
-        last.stop = last.end
-        start = self.gen.end if self.gen in (newest, *owners.values()) else 0
-        last.next = Link(self.tail, start, "" if newest is self.gen else "rotated")
-        return Position(first, offset_of(parts[-1]) if parts else 0)
+# -- the text of a cursor --
 
 
 def parse_cursor(cursor: str) -> list[str] | None:
-    """Its parts, oldest file first; none of them where nothing was sent yet; None for nonsense."""
-    if cursor == NOTHING:
+    """Return its parts, the oldest file first; [] if nothing was sent yet, None for nonsense."""
+    if cursor == EMPTY_CURSOR:
         return []
-    part = r"[1-9]\d{0,17}\.[\w-]{20}"
-    return cursor.split("~") if re.fullmatch(f"{part}(?:~{part}){{0,63}}", cursor, re.ASCII) else None
+    part = r"[1-9]\d{0,17}\.[\w-]{24}"
+    parts = re.fullmatch(f"{part}(?:~{part}){{0,63}}", cursor, re.ASCII)
+    return cursor.split("~") if parts else None
 
 
 def offset_of(part: str) -> int:
     return int(part.partition(".")[0])
 
 
-def assign(parts: list[str], files: list[Generation]) -> dict[str, Generation]:
-    """Which file proves which part: of several that do, the one with the right inode, else the newest."""
-    owners: dict[str, Generation] = {}
+def match_parts(parts: list[str], files: list[LogFile]) -> dict[str, LogFile]:
+    """Return which file proves which part of a cursor.
+
+    Of several that do it is the one with the right inode, else the first: files come newest first.
+    """
+    owners: dict[str, LogFile] = {}
     for part in reversed(parts):
-        proving = [gen for gen in files if gen not in owners.values() and gen.proves(part)]
+        free = [file for file in files if file not in owners.values()]
+        proving = [file for file in free if file.validates(part)]
+        right = [file for file in proving if file.cursor_part(offset_of(part)) == part]
         if proving:
-            owners[part] = next((gen for gen in proving if gen.part(offset_of(part)) == part), proving[0])
+            owners[part] = (right or proving)[0]
     return owners
 
 
-# inotify(7): MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF
-EVENTS = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
+# ---- 3 The follower ------------------------------------------------------------------------------
+# Reads what was appended, and decides what else happened: rotated, truncated, rewritten, missing.
+# Owns everything that is read: the current file, the draining ones, the tail, the log's state.
+#
+#   the open file        the path                beside it                then
+#   -------------------  ----------------------  -----------------------  ------------------------
+#   changed, now empty   any                     any                      wait up to GRACE_S
+#   changed              any                     a copy of what was read  truncated: the copies,
+#                                                                         then our file from 0
+#   changed: shorter     any                     no copy                  truncated: go on where it
+#                                                                         is no longer the same
+#   changed otherwise    any                     no copy                  rewritten: likewise
+#   unchanged            our file                –                        nothing: state ok
+#   unchanged            missing, or no file     –                        missing or unreadable,
+#                                                                         after GRACE_S
+#   none yet             a file                  what was the log before  adopt the first of them
+#   unchanged, deleted   begins with all we read –                        the same log
+#   unchanged            an empty file           –                        wait up to GRACE_S
+#   unchanged            another file            what was the log since   rotated, once for each;
+#                                                                         drain the old one
+
+COALESCE_S = 0.02  # between two checks: bursts are put together
+DRAIN_S = 30.0  # for so long after its last growth a rotated file is still read
+MAX_DRAINING = 60  # such files at a time: a cursor names 64
+GRACE_S = 1.0  # before a missing or emptied log is reported: a rotation is faster
+HELD_S = 60.0  # for so long a deleted file is kept for viewers that lag
+STALL_S = 0.75  # a wait that took so much too long: the process stood still
+WAIT_SLICE_S = 1.0
 
 
-class Watch:
-    """Events of the log's folders (inotify(7)): they only shorten a wait, so that losing them loses no byte."""
+class LogState(NamedTuple):
+    """What viewers are told about the log itself."""
+
+    state: str  # "ok", "missing", "unreadable"
+    detail: str  # why; with "ok", something unusual
+
+
+async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
+    """Check the size, read what is new once, broadcast it: one loop for all viewers."""
+    while True:
+        while await follower.check():
+            broadcaster.publish()
+            await asyncio.sleep(0)
+        broadcaster.publish()
+        sd_notify("WATCHDOG=1")  # after a completed check only
+
+        await asyncio.sleep(COALESCE_S)
+        await follower.wait(WATCHDOG_S)
+
+
+class Successor(NamedTuple):
+    """A file that was the log after another one, and why lines may be missing between them."""
+
+    file: LogFile
+    reason: str
+    gap: str
+
+
+class LogFollower:
+    """The one reader of the log for all viewers."""
+
+    def __init__(self, path: str, interval_s: float) -> None:
+        self.path, self.interval_s = path, interval_s
+        self.current = LogFile(os.open(os.devnull, OPEN_FLAGS))  # until there is a log
+        self.tail = Segment(self.current)
+        self.draining: dict[LogFile, float] = {}  # rotated files, and until when they are read
+        self.state = LogState("missing", "No such file or directory")
+        self.size = 0  # of the log as it was last seen, without reserved space
+        self.unfinished_bytes = 0  # of a line at the end that is not due
+        self.names = GenerationNames()
+
+        self._found = False
+        self._pending: collections.deque[Successor] = collections.deque()
+        self._published = PublishedFiles()
+        self._listed: list[RotatedName] = []  # by whose names the last look decided
+        self._watcher = DirectoryWatcher()
+        self._arrivals = Arrivals(log_paths(path))
+        self._opened_s = time.time()  # since 1970, when the current file became the log
+        self._anomaly_since_s = 0.0  # something else than our file is at the path; 0: nothing is
+        self._next_open_s = 0.0  # when the path is opened afresh, whatever its inode says
+        self._encoding = EncodingCheck()
+        self._check_lock = asyncio.Lock()
+        self.next_check = asyncio.Event()  # set, and replaced, by each check
+        self.on_generation: Callable[[], None] = lambda: None  # called when another one begins
+        self._watch()
+        self._open()
+        # The folders are watched from before the log was opened.
+        self._arrivals = Arrivals(log_paths(path))
+
+    @property
+    def name(self) -> str:
+        return os.fsencode(os.path.basename(self.path)).decode(errors="replace")
+
+    def _open(self) -> None:
+        """Begin at the end of the log, and with what is still written to rotated files."""
+        with contextlib.suppress(OSError):
+            file = open_log_file(self.path)
+            self.current.replace_descriptor(file)
+            self.current.record_published(file.complete_end())
+            self.current.sequence, self.current.last_growth_s = 1, time.monotonic()
+            self._found, self.state = True, LogState("ok", "")
+            self._watcher.watch_file(self.current)
+
+        rotated = rotated_files(self.path)
+        self._published.add_present(rotated)
+        self._drain_changed(rotated)
+        self.tail = self._segment(self.current)
+        if not self.current.end:
+            self.tail.start_cursor = self._end_of_newest(rotated)
+
+    def _drain_changed(self, rotated: list[RotatedName]) -> None:
+        """Read on in the rotated files that changed lately, the oldest first."""
+        for name in reversed(rotated):
+            changed_s = max(name.modified_s, name.changed_s)
+            if name.compressed or time.time() - changed_s >= DRAIN_S:
+                continue
+            with contextlib.suppress(OSError):
+                file = open_log_file(name.path)
+                file.record_published(file.data_end())
+                self._drain(file)
+
+    def _end_of_newest(self, rotated: list[RotatedName]) -> str:
+        """Return the cursor for the end of the newest rotated file that is not empty."""
+        for name in rotated:
+            with contextlib.suppress(OSError):
+                file = next((f for f in self.draining if f.identity == name.identity), None)
+                if file is None:
+                    file = open_rotated(name.path, MAX_DECOMPRESSED, threading.Event())
+                if end := file.data_end():
+                    return file.cursor_part(end)
+        return EMPTY_CURSOR
+
+    def _segment(self, file: LogFile) -> Segment:
+        """Return a new segment of one of the files that are read."""
+        files = [*self.draining, self.current]
+        parts = [other.cursor_part(other.end) if other.end else "" for other in files]
+        place = files.index(file)
+        older, newer = parts[:place], parts[place + 1 :]
+        return Segment(file, filter(None, older), filter(None, newer))
+
+    # Waiting
+
+    def _watch(self) -> None:
+        folders = {os.path.dirname(path) or "." for path in log_paths(self.path)}
+        if not self._watcher.watch_folders(folders):
+            self._arrivals.reliable = False
+
+    async def wait(self, most_s: float) -> None:
+        """Wait for an event, or until the next check is due, at most so long."""
+        timeout_s = min(self.interval_s, most_s)
+        if self._anomaly_since_s and self.state.state == "ok":
+            timeout_s = min(timeout_s, GRACE_S / 4)
+        if self.unfinished_bytes:
+            due_s = self.current.unfinished[1] + self.interval_s - time.monotonic()
+            timeout_s = min(timeout_s, max(due_s, COALESCE_S))
+        await self._watcher.wait(max(0.0, timeout_s - COALESCE_S), log_paths(self.path))
+
+    # Checking
+
+    async def check(self) -> bool:
+        """Read at most a message of what is new, or see what else happened.
+
+        Return True if there may be more.
+        """
+        async with self._check_lock:
+            try:
+                if await self._find_unseen():
+                    return True
+                if self.publish_new_bytes(self.current):
+                    return True  # broadcast first, look around afterwards
+                if self._drain_rotated():
+                    return True
+                return await self._look_around()
+
+            except OSError as error:  # it is told, and passes
+                self._report_problem("unreadable", error.strerror or "cannot be read")
+                return False
+            finally:
+                self.next_check.set()
+                self.next_check = asyncio.Event()
+
+    def publish_new_bytes(self, file: LogFile, final: bool = False) -> bool:
+        """Publish the complete lines, and an unfinished one if it has waited long enough.
+
+        Return True if anything was published.
+        """
+        new = file.read_new()
+        if new is None:
+            return False  # it was cut or rewritten
+        data, before_hole = new
+        complete = data.rfind(b"\n") + 1
+        if not complete and len(data) == MAX_MESSAGE:
+            complete = whole_characters(data)  # a very long line comes in pieces
+
+        hole_end = file.next_data(file.end + len(data)) if before_hole else None
+        rest = data[complete:].rstrip(b"\0") if len(data) < MAX_MESSAGE else b""
+        if rest and (final or hole_end):
+            complete, rest = complete + len(rest), b""
+        elif rest and self._is_due(file, file.end + complete):
+            complete += whole_characters(rest)
+            rest = b""
+
+        if complete:
+            file.record_appended(data[:complete])
+            file.last_growth_s = time.monotonic()
+            counters["read_bytes_total"] += complete
+            counters["read_lines_total"] += data.count(b"\n", 0, complete)
+        if hole_end:
+            file.record_published(hole_end)
+        if file is self.current:
+            self.unfinished_bytes = len(rest)
+            self.size = file.end + len(rest)
+        return complete > 0 or hole_end is not None
+
+    def _is_due(self, file: LogFile, offset: int) -> bool:
+        """Return True if the first unsent byte, at that offset, has waited for an interval."""
+        now_s = time.monotonic()
+        if file.unfinished[0] != offset or not file.unfinished[1]:
+            file.unfinished = offset, now_s
+        return now_s - file.unfinished[1] >= self.interval_s
+
+    def _drain_rotated(self) -> bool:
+        """Publish what is still written to rotated files: a segment of an older generation each."""
+        more = False
+        for file, until_s in list(self.draining.items()):
+            start, over = file.end, time.monotonic() > until_s
+            self.publish_new_bytes(file, final=over)
+            grew = file.end > start
+
+            if grew:
+                more = True
+                self.draining[file] = max(until_s, time.monotonic() + DRAIN_S)
+                self.tail = self.tail.link_to(self._segment(file), start)
+            elif over:
+                self._stop_draining(file)
+            if grew or over:
+                self.tail = self.tail.link_to(self._segment(self.current), self.current.end)
+        return more
+
+    def _drain(self, file: LogFile) -> None:
+        file.last_growth_s = 0.0  # from now on it is the growth of a rotated file
+        self.draining[file] = time.monotonic() + DRAIN_S
+        self._watcher.watch_file(file)
+        if len(self.draining) > MAX_DRAINING:
+            self.draining[next(iter(self.draining))] = 0.0
+
+    def _stop_draining(self, file: LogFile) -> None:
+        del self.draining[file]
+        self._watcher.forget_file(file)
+
+    # Looking around: is the log still the file that is open?
+
+    async def _look_around(self) -> bool:
+        """Return True if something happened, and there may be more to read."""
+        if self._pending:
+            self.publish_new_bytes(self.current, final=True)  # if it fails, nothing has changed yet
+            self._switch_to(self._pending.popleft())
+            return True
+        self._watch()
+        self._arrivals.apply(self._watcher.take_events())
+        self._published.release_old(self._needed())
+        if not self.current.is_unchanged():
+            return await self._handle_rewrite()
+
+        try:
+            new = self._other_file()
+        except OSError as error:
+            gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._free_descriptors():
+                return True
+            self._report_problem("missing" if gone else "unreadable", problem_of(error))
+            return False
+        if new:
+            return await self._handle_other_file(new)
+
+        chain, gap = await self._open_successors(self._arrivals.visits(), "")
+        if chain:  # our file is back after others
+            self._enqueue([*chain, Successor(self.current, "rotated", gap)])
+            self._arrivals = Arrivals(log_paths(self.path))
+            return True
+        self._watcher.stalled = False
+        self._arrivals.forget_visits()
+        self._report_ok(self._unusual())
+        return False
+
+    def _free_descriptors(self) -> bool:
+        """Let go of deleted files, the newest aside. Return False if there were none."""
+        draining = [file for file in self.draining if file.is_deleted()][:-2]
+        for file in draining:
+            self._stop_draining(file)
+        self._published.release_deleted(self._needed())
+        return bool(draining)
+
+    def _needed(self) -> set[LogFile | None]:
+        """Return the files that are still read, whatever their names."""
+        return {self.current, *self.draining, *(successor.file for successor in self._pending)}
+
+    def _other_file(self) -> LogFile | None:
+        """Return the file at the path if it is not the one that is open. Raises OSError.
+
+        At each interval it is opened afresh: some file systems (FUSE, sshfs) tell by the path, not
+        by the descriptor, so that a rotated file still seems to be the log.
+        """
+        now_s = time.monotonic()
+        status = os.stat(self.path)
+        same = self._found and (status.st_dev, status.st_ino) == self.current.identity
+        if same and now_s < self._next_open_s:
+            return None
+
+        self._next_open_s = now_s + self.interval_s
+        new = open_log_file(self.path)
+        same = self._found and new.same_file(self.current)
+        if same and (new.starts_with(self.current.fingerprint) or not self.current.is_unchanged()):
+            return None
+        return next((file for file in self.draining if file.same_file(new)), new)
+
+    async def _handle_other_file(self, new: LogFile) -> bool:
+        """Go on in the file that is at the path now, after those that were there in between."""
+        old = self.current
+        replaced = self._found and old.is_deleted() and (old.end or not old.size)
+        if replaced and new.starts_with(old.fingerprint):
+            self._adopt(new)
+            return True
+        if self._found and not new.size and self._in_grace_period():
+            return False
+
+        chain, gap = await self._files_between(new)
+        chain = [successor for successor in chain if not successor.file.same_file(new)]
+        if self._arrivals.apply(self._watcher.take_events()):
+            return True  # renamed while they were opened: look again
+        successors = [*chain, Successor(new, "rotated", gap)]
+        if not self._found:
+            self._adopt(successors.pop(0).file)
+        self._enqueue(successors)
+        self._arrivals = Arrivals(log_paths(self.path))
+        return True
+
+    def _adopt(self, file: LogFile) -> None:
+        """Go on in another file as the same generation."""
+        self._watcher.forget_file(self.current)
+        self.current.replace_descriptor(file)
+        self._watcher.watch_file(self.current)
+        self._arrivals = Arrivals(log_paths(self.path))
+        self._found = True
+        self._report_ok()
+
+    def _enqueue(self, successors: list[Successor]) -> None:
+        """Read on in these files, one after the other, once the open one is read to its end."""
+        for successor in successors:
+            if not successor.file.end and (end := self._published.published_end(successor.file)):
+                successor.file.record_published(end)
+        self._pending.extend(successors)
+        self._published.add_present(self._listed)
+        self._listed = []
+        self._arrivals.created.clear()
+        self._watcher.stalled = False
+        self._report_ok()
+
+    def _switch_to(self, successor: Successor) -> None:
+        """Make the next file the log; the open one is read to its end and then drained."""
+        old, new = self.current, successor.file
+        self._published.add(old)
+        new.sequence = old.sequence + 1
+        if not new.same_file(old):
+            self._drain(old)
+        self.draining.pop(new, None)
+
+        self.current = new
+        self._begin_generation(new.end, successor.reason, successor.gap)
+
+    # Rotations: which files were the log in between?
+
+    async def _files_between(self, new: LogFile) -> tuple[list[Successor], str]:
+        """Return the files that were the log between the open one and `new`, and a last gap."""
+        if self._arrivals.can_tell():
+            return await self._open_successors(self._arrivals.visits(), "")
+
+        self._listed = rotated_files(self.path)
+        rotated = [name for name in self._listed if name.identity != new.identity]
+        unseen = [name for name in rotated if self._is_unseen(name)]
+        if not self._found:
+            names, gap = successors_of(None, unseen)
+        elif ours := await self._find_own(rotated):
+            names, gap = successors_of(ours, unseen)
+        else:
+            return [], "the file that was read before is nowhere beside the log"
+        return await self._open_successors(names, gap)
+
+    async def _find_own(self, rotated: list[RotatedName]) -> RotatedName | None:
+        """Return the rotated file that is the open one, or holds all of its bytes."""
+        for name in rotated:
+            if name.identity == self.current.identity:
+                return name
+        if not self.current.is_deleted():
+            return None
+        for name in rotated:
+            if name.compressed and await self._is_copy(name.path):
+                return name
+        return None
+
+    def _is_unseen(self, name: RotatedName) -> bool:
+        return not self._published.includes(name)
+
+    async def _open_successors(
+        self, names: list[tuple[str, str]], last_gap: str
+    ) -> tuple[list[Successor], str]:
+        """Open these files, given as (path, gap before it); what cannot be opened is a gap."""
+        successors: list[Successor] = []
+        left_bytes, pending_gap = MAX_DECOMPRESSED, ""
+        for path, gap in names:
+            try:
+                if not path:
+                    raise OSError(errno.ENOENT, "is gone")
+                file = await run_in_thread(open_rotated, path, left_bytes)
+            except OSError as error:
+                if path and self._in_grace_period():
+                    raise  # it may pass: look again
+                name = os.path.basename(path) or "a file that was the log for a while"
+                pending_gap = f"{name} {problem_of(error)}"
+                continue
+
+            if file.same_file(self.current):
+                continue  # it came back, and is drained
+            if compression_of(path):
+                left_bytes -= file.size
+            successors.append(Successor(file, "rotated", pending_gap or gap))
+            pending_gap = ""
+        return successors, pending_gap or last_gap
+
+    async def _find_unseen(self) -> bool:
+        """Take in rotated files that were the log before anything of it was read."""
+        if self.current.end or self._pending or not self._found:
+            return False
+        self._arrivals.apply(self._watcher.take_events())
+        if not self._arrivals.created and self._arrivals.reliable and self._watcher.works:
+            return False
+        rotated = self._listed = rotated_files(self.path)
+        renamed = any(name.identity == self.current.identity for name in rotated)
+        unseen = [name for name in rotated if name.size and self._is_unseen(name)]
+        unseen = [name for name in unseen if name.modified_s >= self._opened_s - PLAIN_SLACK_S]
+        if renamed or not unseen:
+            return False
+
+        names, gap = successors_of(None, unseen)
+        chain, gap = await self._open_successors(names, gap)
+        if not chain:
+            return False
+        own = self.current.duplicate()
+        self._reread(chain[0].file)
+        self._enqueue([*chain[1:], Successor(own, "truncated", gap)])
+        return True
+
+    def known_gap(self, older: Identity, newer: Identity) -> str:
+        """Return why lines are missing between two files, by identity, if this process knows it."""
+        sequences = self._published.sequences | {self.current.identity: self.current.sequence}
+        first, second = sequences.get(older, 0), sequences.get(newer, 0)
+        if first and second > first + 1:
+            return "a file that was the log in between is gone"
+        return ""
+
+    # Cuts and rewrites
+
+    async def _handle_rewrite(self) -> bool:
+        """Go on where the file changed; what was unread may be in a copy of it."""
+        old = self.current
+        shorter = old.size < old.end
+        if old.size == 0 and self._in_grace_period():
+            return False
+
+        copies, gap = await self._copies()
+        if self._arrivals.apply(self._watcher.take_events()):
+            return True
+        if copies:
+            own = Successor(old.duplicate(), "truncated", gap)
+            self._reread(copies[0].file)
+            self._enqueue([*copies[1:], own])
+            return True
+
+        change, start = old.change()
+        new = old.duplicate()
+        new.sequence = old.sequence
+        new.lost = old.lost
+        if old.end > start:
+            new.lost = "the log was cut or rewritten meanwhile"
+        new.record_published(start)
+        if change in ("cut", "edited"):  # what is before it can still be read by those who lag
+            for file in [*self.names.same_inode(old), old]:
+                file.record_published(min(start, file.end))
+        self.current = new
+        lost = change == "replaced" or (shorter and change != "trimmed")
+        reason = "truncated" if shorter else "rewritten"
+        self._begin_generation(start, reason, self._doubt() if lost else "")
+        self._arrivals.created.clear()
+        self._report_ok()
+        return True
+
+    def _begin_generation(self, start: int, reason: str, gap: str) -> None:
+        self._watcher.watch_file(self.current)
+        self.current.began = reason, gap
+        self._opened_s = time.time()
+        self.current.last_growth_s = time.monotonic()
+        self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
+        counters[f'generations_total{{reason="{reason}"}}'] += 1
+        logger.info("log was %s%s", reason, f"; lines may be missing: {gap}" if gap else "")
+        with contextlib.suppress(OSError):
+            self.names.assign(self.current)
+        self.on_generation()
+
+    def _doubt(self) -> str:
+        """Return why lines may be missing that were written just before a cut; "" if hardly any."""
+        if self._watcher.stalled or not self._watcher.works:
+            return "nobody can know what was written between the last look and the cut"
+        return ""
+
+    def _reread(self, copy: LogFile) -> None:
+        """Read on in a copy of our file from before it was cut."""
+        for file in [*self.names.same_inode(self.current), self.current]:
+            file.replace_descriptor(copy)
+
+    async def _copies(self) -> tuple[list[Successor], str]:
+        """Return a copy of our file from before it was cut, and what was rotated since."""
+        old = self.current
+        if not old.end:
+            return [], ""
+        paths = self._names_of_copies()
+        while paths and not await self._is_copy(paths[0]):
+            del paths[0]
+        if not paths:
+            return [], ""
+
+        rotated = [name.path for name in rotated_files(self.path)]
+        shape = shape_of(paths[0])
+        found = [path for path in paths if path in rotated or shape_of(path) == shape]
+        copies, gap = await self._open_successors([(path, "") for path in found], "")
+        copies = [copy for copy in copies if not old.was_compressed_to(copy.file)]
+        if not copies or not copies[0].file.starts_with(old.fingerprint):
+            return [], gap
+        return copies, gap
+
+    def _names_of_copies(self) -> list[str]:
+        """Return files that appeared beside the log and may be copies of it, the oldest first."""
+        if self._watcher.works and self._arrivals.reliable:
+            return self._arrivals.candidates()
+        rotated = self._listed = rotated_files(self.path)
+        ours = [name.identity == self.current.identity for name in rotated]
+        if True in ours:  # what is newer than our file comes after it, not after its copy
+            rotated = rotated[ours.index(True) + 1 :]
+        return [name.path for name in reversed(rotated) if self._is_unseen(name)]
+
+    async def _is_copy(self, path: str) -> bool:
+        """Return True if the file holds all that was published of ours."""
+        published = self.current.fingerprint
+        with contextlib.suppress(OSError):
+            if first_bytes(path, len(published.head)) != published.head:
+                return False
+            file = await run_in_thread(open_rotated, path, MAX_DECOMPRESSED)
+            return not file.same_file(self.current) and file.starts_with(published)
+        return False
+
+    # The log's state
+
+    def _in_grace_period(self) -> bool:
+        self._anomaly_since_s = self._anomaly_since_s or time.monotonic()
+        return time.monotonic() - self._anomaly_since_s < GRACE_S
+
+    def _report_problem(self, state: str, detail: str) -> None:
+        if self.state.state != "ok" or not self._in_grace_period():
+            self._set_state(LogState(state, detail))
+
+    def _report_ok(self, detail: str = "") -> None:
+        self._anomaly_since_s = 0.0
+        self._set_state(LogState("ok", detail))
+
+    def _unusual(self) -> str:
+        """Return what is unusual about a log that can be read, in words; "" if nothing is."""
+        if self.current.is_deleted():
+            return "this file has no name left: nobody else can find it, and a rotation is not seen"
+        grown_s = max((file.last_growth_s for file in self.draining), default=0.0)
+        if grown_s > self.current.last_growth_s + 2 * self.interval_s:
+            return "a rotated file is still written to, the log is not"
+        return self._encoding.words(self.current)
+
+    def _set_state(self, state: LogState) -> None:
+        if state != self.state:
+            detail = f" ({state.detail})" if state.detail else ""
+            logger.info("log is %s%s", state.state, detail)
+        self.state = state
+
+
+def log_paths(path: str) -> tuple[str, str]:
+    """Return the paths at which another file can become the log: a link, and what it leads to."""
+    folder, name = os.path.split(path)
+    return os.path.join(real_path(folder or "."), name), real_path(path)
+
+
+def problem_of(error: OSError) -> str:
+    return error.strerror or "cannot be read"
+
+
+def open_rotated(path: str, most_bytes: int, cancelled: threading.Event) -> LogFile:
+    """Open a rotated file, compressed or not. Raises OSError."""
+    if compression_of(path):
+        return decompress(path, most_bytes, cancelled)
+    return open_log_file(path)
+
+
+def successors_of(
+    ours: RotatedName | None, unseen: list[RotatedName]
+) -> tuple[list[tuple[str, str]], str]:
+    """Return the files that were the log after ours, oldest first, by their names.
+
+    Each is (path, gap before it); the last gap is the one before the log. Times of change are the
+    second witness: if they contradict the names, no file is taken, and the gap says so. Without a
+    file of ours, all are after it.
+    """
+    newest = ours or max(unseen, key=lambda name: name.modified_s, default=None)
+    newer = [name for name in unseen if newest and name.kind == newest.kind]
+    if ours:
+        newer = [name for name in newer if name.rank > ours.rank]
+    newer.sort(key=lambda name: name.rank)
+    if contradiction := contradicting(ours, newer, unseen):
+        return [], contradiction
+
+    plan, before = [], ours
+    for name in newer:
+        plan.append((name.path, missing_between(before, name)))
+        before = name
+    return plan, missing_between(before, None)
+
+
+def contradicting(
+    ours: RotatedName | None, newer: list[RotatedName], unseen: list[RotatedName]
+) -> str:
+    """Return where names and times of change contradict each other, in words; "" if nowhere."""
+    written_s = ours.modified_s if ours and ours.size else 0.0
+    for name in newer:
+        if name.size and name.modified_s < written_s - slack_s(name, ours):
+            return f"name and time of change of {os.path.basename(name.path)} contradict each other"
+        written_s = max(written_s, name.modified_s if name.size else 0.0)
+
+    for name in unseen:
+        if not ours or not name.size or name is ours or name in newer:
+            continue
+        if name.modified_s > ours.modified_s + slack_s(name, ours):
+            return f"{os.path.basename(name.path)} may have been the log in between"
+    return ""
+
+
+def slack_s(name: RotatedName, ours: RotatedName | None) -> float:
+    compressed = name.compressed or (ours and ours.compressed)
+    return COMPRESSED_SLACK_S if compressed else PLAIN_SLACK_S
+
+
+def missing_between(older: RotatedName | None, newer: RotatedName | None) -> str:
+    """Return which number is missing between two rotated files, or before the log, in words."""
+    if not older or not older.kind.startswith("number"):
+        return ""
+    number = -older.rank[0]
+    next_number = -newer.rank[0] if newer else min(number, 1) - 1
+    if number - next_number <= 1 or (not newer and number <= 1):
+        return ""
+    return f"rotated file number {number - 1} is missing"
+
+
+UNKNOWN_FILE = Fingerprint(), (0, 0)
+
+
+class PublishedFiles:
+    """Files that were published, or lay beside the log at the start: never published again."""
+
+    def __init__(self) -> None:
+        self.sequences: dict[Identity, int] = {}  # in which order they were the log
+        # How far each was published, and what tells it from a later file in the same inode.
+        self._known: dict[Identity, tuple[Fingerprint, tuple[int, int]]] = {}
+        self._held: list[tuple[float, weakref.ref[LogFile]]] = []  # since when
+
+    def add(self, file: LogFile) -> None:
+        """Note a file that is no longer the log, up to where it was published."""
+        self.sequences[file.identity] = file.sequence
+        self._remember(file)
+        self._held.append((time.monotonic(), weakref.ref(file)))
+
+    def add_present(self, rotated: list[RotatedName]) -> None:
+        """Note the files that are there, and were published, will be, or came before all that."""
+        for name in rotated:
+            if name.identity in self._known:
+                continue
+            with contextlib.suppress(OSError):
+                file = open_log_file(name.path)
+                file.record_published(file.size)
+                self._remember(file)
+
+    def _remember(self, file: LogFile) -> None:
+        self._known.pop(file.identity, None)
+        with contextlib.suppress(OSError):
+            marks = file.inode_version(), file.status().st_mtime_ns
+            self._known[file.identity] = file.fingerprint, marks
+        if len(self._known) > 1024:
+            oldest = next(iter(self._known))
+            del self._known[oldest]
+            self.sequences.pop(oldest, None)
+
+    def published_end(self, file: LogFile) -> int:
+        """Return how far this file was published; 0 if it never was, or is another one.
+
+        The number of an inode is given again: its version and the bytes decide, or the time.
+        """
+        fingerprint, (version, mtime_ns) = self._known.get(file.identity, UNKNOWN_FILE)
+        if not fingerprint.end or not file.starts_with(fingerprint):
+            return 0
+        if version or file.inode_version():
+            return fingerprint.end if version == file.inode_version() else 0
+        same_time = file.status().st_mtime_ns == mtime_ns
+        return fingerprint.end if same_time or fingerprint.end >= FINGERPRINT_BYTES else 0
+
+    def includes(self, name: RotatedName) -> bool:
+        """Return True if this rotated file was published, or there at the start."""
+        if name.identity not in self._known:
+            return bool(name.compressed) and self._knows_content(name.path)
+        with contextlib.suppress(OSError):
+            return not name.size or self.published_end(open_log_file(name.path)) > 0
+        return False
+
+    def _knows_content(self, path: str) -> bool:
+        """Return True if a compressed file begins like one that was published."""
+        with contextlib.suppress(OSError):
+            start = first_bytes(path, FINGERPRINT_BYTES)
+            return any(known.begins_like(start) for known, _ in self._known.values())
+        return False
+
+    def release_old(self, keep: Container[LogFile | None]) -> None:
+        """Let go of deleted files that only lagging viewers still read, after a minute."""
+        now_s = time.monotonic()
+        while self._held and now_s - self._held[0][0] > HELD_S:
+            _, reference = self._held.pop(0)
+            file = reference()
+            if file in keep:
+                self._held.append((now_s, reference))
+            else:
+                self._release(file)
+
+    def release_deleted(self, keep: Container[LogFile | None]) -> None:
+        """Let go of all deleted files at once: descriptors have run out."""
+        held = [(since_s, reference) for since_s, reference in self._held if reference() in keep]
+        for _, reference in self._held:
+            if reference() not in keep:
+                self._release(reference())
+        self._held = held
+
+    @staticmethod
+    def _release(file: LogFile | None) -> None:
+        if file and not file.released and file.is_deleted():
+            file.release()
+
+
+class EncodingCheck:
+    """What a log that is not UTF-8 probably is, judged anew whenever it has doubled."""
+
+    def __init__(self) -> None:
+        self._next_size = 1
+        self._words = ""
+
+    def words(self, file: LogFile) -> str:
+        """Return what to tell of the encoding; "" if it is UTF-8."""
+        if file.end >= self._next_size or file.end < self._next_size // 4:
+            self._next_size = 2 * max(file.end, KIB)
+            self._words = encoding_words(file)
+        return self._words
+
+
+def encoding_words(file: LogFile) -> str:
+    encoding = encoding_of(file)
+    return f"the log is not UTF-8: {encoding}" if encoding else ""
+
+
+# -- events of the kernel --
+
+# inotify(7)
+MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE = 0x2, 0x4, 0x40, 0x80, 0x100, 0x200
+DELETE_SELF, MOVE_SELF, Q_OVERFLOW, IGNORED = 0x400, 0x800, 0x4000, 0x8000
+FILE_EVENTS = MODIFY | ATTRIB | DELETE_SELF | MOVE_SELF
+FOLDER_EVENTS = MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
+MAX_EVENTS = 10_000  # kept until they are looked at; then their order is unknown
+
+
+class NameEvent(NamedTuple):
+    """A name that appeared in a folder, or went; the two halves of a rename share a cookie."""
+
+    mask: int
+    cookie: int
+    path: str
+
+
+class DirectoryWatcher:
+    """Events of the kernel: the log for its changes, its folders for names (inotify(7)).
+
+    A neighbour that is written to in the same folder wakes nobody. Losing events loses no byte:
+    they only shorten a wait, and say in which order files were renamed.
+    """
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        self.add = getattr(libc, "inotify_add_watch", None)
-        self.remove = getattr(libc, "inotify_rm_watch", None)
-        self.fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if self.add else -1
-        self.watched: set[int] = set()
-        if self.fd < 0:
+        self._add = getattr(libc, "inotify_add_watch", None)
+        self._remove = getattr(libc, "inotify_rm_watch", None)
+        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if self._add else -1
+
+        self._folders: dict[int, str] = {}
+        self._files: dict[LogFile, int] = {}
+        self._events: list[NameEvent] = []
+        self._log_paths: tuple[str, ...] = ()
+        self._woken: asyncio.Future[None] | None = None
+        self._happened = False  # something that matters, since the last wait
+        self._listening = False
+        self.works = self._fd >= 0
+        self.stalled = False  # the process stood still: what happened meanwhile came all at once
+        if not self.works:
             logger.info("no file events here: new entries come with the regular check")
 
-    def arm(self, folders: set[str]) -> None:
-        """Watch these folders; adding one again changes nothing, a new one in its place is found."""
-        if self.fd >= 0 and self.add and self.remove:
-            watched = {self.add(self.fd, os.fsencode(folder), EVENTS) for folder in folders} - {-1}
-            for gone in self.watched - watched:
-                self.remove(self.fd, gone)
-            self.watched = watched
+    def watch_folders(self, folders: set[str]) -> bool:
+        """Watch these folders. Return False if one of them was not watched before."""
+        if self._fd < 0 or not self._add or not self._remove:
+            return False
+        watched: dict[int, str] = {}
+        for folder in folders:
+            watched[self._add(self._fd, os.fsencode(folder), FOLDER_EVENTS)] = folder
+        watched.pop(-1, None)
+        known = watched.keys() <= self._folders.keys()
+        for watch in self._folders.keys() - watched.keys():
+            self._remove(self._fd, watch)
+        self._folders = watched
+        return known and len(watched) == len(folders)
 
-    async def wait(self, seconds: float) -> None:
-        """Until something happens in the folders, at most so long."""
-        if self.fd < 0:
-            return await asyncio.sleep(seconds)
-        happened = asyncio.Event()
+    def watch_file(self, file: LogFile) -> None:
+        """Watch a file for changes, under whatever name; a second time changes nothing."""
+        if self._fd >= 0 and self._add:
+            self._files[file] = self._add(self._fd, file.proc_path.encode(), FILE_EVENTS)
+
+    def forget_file(self, file: LogFile) -> None:
+        watch = self._files.pop(file, -1)
+        if self._remove and watch >= 0 and watch not in self._files.values():
+            self._remove(self._fd, watch)
+
+    def take_events(self) -> list[NameEvent]:
+        """Return what happened to names since the last call, in order."""
+        self._read_queue()
+        events, self._events = self._events, []
+        return events
+
+    async def wait(self, timeout_s: float, paths: tuple[str, ...]) -> None:
+        """Wait until something happens to the log, at most so long."""
+        self._log_paths = paths
         loop = asyncio.get_running_loop()
-        loop.add_reader(self.fd, happened.set)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await happened.wait()
-        loop.remove_reader(self.fd)
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self.fd, 64 * KIB):
-                pass
+        if self._fd >= 0 and not self._listening:
+            loop.add_reader(self._fd, self._read_queue)
+            self._listening = True
+
+        until_s = time.monotonic() + timeout_s
+        while not self._happened and (left_s := until_s - time.monotonic()) > 0:
+            begun_s, slice_s = time.monotonic(), min(left_s, WAIT_SLICE_S)
+            self._woken = loop.create_future()
+            timer = loop.call_later(slice_s, self._wake)
+            try:
+                await self._woken
+            finally:
+                timer.cancel()
+            if time.monotonic() - begun_s > slice_s + STALL_S:
+                self.stalled = True
+        self._happened = False
+
+    def _wake(self) -> None:
+        if self._woken and not self._woken.done():
+            self._woken.set_result(None)
+
+    def _read_queue(self) -> None:
+        try:
+            data = os.read(self._fd, 64 * KIB) if self._fd >= 0 else b""
+        except OSError:  # nothing there
+            return
+
+        offset, matters = 0, False
+        while offset < len(data):
+            watch, mask, cookie, length = struct.unpack_from("iIII", data, offset)
+            name = os.fsdecode(data[offset + 16 : offset + 16 + length].rstrip(b"\0"))
+            offset += 16 + length
+            matters |= self._take_event(watch, mask, cookie, name)
+        if matters:
+            self._happened = True
+            self._wake()
+
+    def _take_event(self, watch: int, mask: int, cookie: int, name: str) -> bool:
+        """Note one event. Return True if the log may have changed by it."""
+        folder = self._folders.get(watch)
+        if mask & Q_OVERFLOW or len(self._events) >= MAX_EVENTS:
+            self._events = [NameEvent(Q_OVERFLOW, 0, "")]
+            return True
+        if mask & IGNORED:
+            self._folders.pop(watch, None)
+            return False
+        if folder is None or not name:
+            return True
+        path = os.path.join(folder, name)
+        self._events.append(NameEvent(mask, cookie, path))
+        return path in self._log_paths
 
 
-# One viewer
+class TrackedName:
+    """A file that appeared in the log's folder, by its present name; "" when it has none."""
+
+    def __init__(self, path: str, during: TrackedName | None = None) -> None:
+        self.path = path
+        self.during = during  # what was the log at that moment, if it became so since the switch
+
+
+class Arrivals:
+    """Which files became the log since the last switch, and what they are called now.
+
+    Read off the kernel's events, in their order, so that a scheme of renaming needs no known names.
+    """
+
+    def __init__(self, paths_of_log: tuple[str, str]) -> None:
+        self._paths_of_log = paths_of_log
+        self.reliable = True  # no event since the last switch was lost
+        self.created: list[TrackedName] = []  # other files: a copy of the log may be among them
+        self._visitors: list[TrackedName] = []  # were at the log's path, one after the other
+        self._at_path: TrackedName | None = None  # which of them is there
+        self._moving: dict[int, list[TrackedName]] = {}
+
+    def forget_visits(self) -> None:
+        self._visitors.clear()
+
+    def apply(self, events: list[NameEvent]) -> bool:
+        """Follow the names through these events. Return True if a file of interest has another."""
+        before = [(name, name.path) for name in self._visitors + self.created]
+        for event in events:
+            if event.mask & Q_OVERFLOW:
+                self.reliable = False
+            elif event.mask & (MOVED_FROM | DELETE):
+                self._leave(event)
+            elif event.mask & (MOVED_TO | CREATE):
+                self._come(event)
+        del self.created[:-256]
+        return before != [(name, name.path) for name in self._visitors + self.created]
+
+    def _leave(self, event: NameEvent) -> None:
+        named = [name for name in self._visitors + self.created if name.path == event.path]
+        if self._at_path in named:
+            if event.mask & DELETE:
+                self._rename_to_copy(self._at_path)
+            self._at_path = None
+        if event.mask & MOVED_FROM:
+            self._moving[event.cookie] = named
+
+        packed = [name for name in self.created if is_compressed_name(name.path, event.path)]
+        for name in named:
+            if name.path == event.path:
+                name.path = packed[-1].path if event.mask & DELETE and packed else ""
+        if event.mask & DELETE and not named:  # an older file was compressed
+            self.created = [name for name in self.created if name not in packed]
+
+    def _rename_to_copy(self, visitor: TrackedName | None) -> None:
+        """Follow a file that was linked or copied to a rotated name, and is removed now."""
+        if visitor and (copies := self._copies_of(visitor)):
+            visitor.path = copies[-1]
+
+    def _copies_of(self, visitor: TrackedName) -> list[str]:
+        """Return what appeared under rotated names while it was the log, the oldest first."""
+        log_name = os.path.basename(self._paths_of_log[0])
+        appeared = [name.path for name in self.created if name.during is visitor]
+        candidates = [path for path in self.candidates() if path in appeared]
+        return [path for path in candidates if is_rotated_name(log_name, path)]
+
+    def _come(self, event: NameEvent) -> None:
+        for name in self._visitors + self.created:
+            if name.path == event.path:
+                name.path = ""  # replaced
+        known = event.mask & MOVED_TO and event.cookie in self._moving  # it was in a folder before
+        moved = self._moving.pop(event.cookie, []) if event.mask & MOVED_TO else []
+
+        for name in moved:
+            name.path = event.path
+        arrived = moved[0] if moved else TrackedName(event.path, self._at_path)
+        if event.path in self._paths_of_log:
+            self._at_path = arrived
+            self._visitors.append(arrived)
+        elif not known:
+            self.created.append(arrived)
+
+    def can_tell(self) -> bool:
+        """Return True if the events say which files were the log in between."""
+        return self.reliable and bool(self._visitors)
+
+    def visits(self) -> list[tuple[str, str]]:
+        """Return what was the log before the last file, as (present path, gap before it).
+
+        A file comes after copies of it from before it was cut.
+        """
+        earlier = [name.path for name in self._visitors[:-1]]
+        target = real_path(self._paths_of_log[0])
+        if not all(earlier) and target != self._paths_of_log[0]:
+            return [(path, "") for path in self._links_led_to(target)]
+
+        paths: list[str] = []
+        for visitor in self._visitors:
+            paths += [*self._copies_of(visitor), visitor.path]
+        del paths[-1:]
+        return [(path, "") for path in paths if not is_other_kind(path)]
+
+    def _links_led_to(self, target: str) -> list[str]:
+        """Return the files that a link led to in between, named like the one it leads to now."""
+        shape = shape_of(target)
+        paths = [name.path for name in self.created if shape_of(name.path) == shape]
+        if target in paths:
+            return paths[: paths.index(target)]
+        return paths
+
+    def candidates(self) -> list[str]:
+        """Return files that appeared beside the log, and may be copies of it, the oldest first."""
+        visited = {name.path for name in self._visitors}
+        paths = dict.fromkeys(name.path for name in self.created if name.path)
+        return [path for path in paths if path not in visited and is_complete(path)]
+
+
+def is_rotated_name(log_name: str, path: str) -> bool:
+    return parse_rotated_name(log_name, os.path.basename(path)) is not None
+
+
+def is_other_kind(path: str) -> bool:
+    """Return True for a name that leads to no lines: a link, a folder, a FIFO …"""
+    with contextlib.suppress(OSError):
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    return False
+
+
+def is_complete(path: str) -> bool:
+    """Return False for a compressed file beside the plain one: it is still being written."""
+    plain_path = os.path.splitext(path)[0]
+    return not compression_of(path) or not os.path.lexists(plain_path)
+
+
+def is_compressed_name(path: str, plain_path: str) -> bool:
+    base, extension = os.path.splitext(path)
+    return base == plain_path and extension[1:] in COMPRESSED
+
+
+def shape_of(path: str) -> str:
+    return re.sub(r"\d+", "0", path)
+
+
+# ---- 4 Resuming ----------------------------------------------------------------------------------
+# Turns a cursor into a position: finds the files that it speaks of, by their bytes, and links what
+# came after them to the stream. Owns the compressed files that were unpacked for it.
+
+MAX_TRIES = 20  # while the folder changes at every moment
+
+
+class Chain(NamedTuple):
+    """The files behind a cursor: who proves its parts, and what was the log after the newest."""
+
+    owners: dict[str, LogFile]
+    newer: list[Successor]
+    last_gap: str  # before the current log
+
+
+class FolderChanged(Exception):
+    """Files were renamed while they were looked for."""
+
+
+class Resumer:
+    """The way back into the stream from a cursor."""
+
+    def __init__(self, follower: LogFollower) -> None:
+        self.follower = follower
+        self._lock = asyncio.Lock()
+        self._decompressed: weakref.WeakValueDictionary[tuple[Any, ...], LogFile]
+        self._decompressed = weakref.WeakValueDictionary()
+
+    async def resume(self, cursor: str) -> Position | str:
+        """Return the position of a cursor, or the reason why there is none. Raises OSError."""
+        parts = parse_cursor(cursor)
+        if parts is None:
+            return "malformed"
+
+        tries = 0
+        while True:
+            while await self.follower.check():  # else segments would come out of order
+                await asyncio.sleep(0)
+            current, tries = self.follower.current, tries + 1
+            try:
+                chain = await self._find_chain(parts, patient=tries < MAX_TRIES)
+            except FolderChanged:
+                continue
+
+            if current is not self.follower.current:
+                continue  # rotated meanwhile
+            if self._is_ahead_of_reader(chain) or not current.is_unchanged():
+                await self.follower.next_check.wait()
+                continue
+            if not parts or parts[-1] in chain.owners:
+                return self._link_segments(parts, chain)
+            return self._refusal(parts[-1])
+
+    def _refusal(self, part: str) -> str:
+        """Return why no file proves the newest part of a cursor."""
+        current = self.follower.current
+        ahead = offset_of(part) > current.size and current.may_become(part)
+        return "ahead" if ahead else "changed"
+
+    def _is_ahead_of_reader(self, chain: Chain) -> bool:
+        """Return True if the cursor names bytes that this process has yet to read."""
+        reading = {self.follower.current, *self.follower.draining}
+        ends = ((offset_of(part), file) for part, file in chain.owners.items())
+        return any(file in reading and offset > file.end for offset, file in ends)
+
+    # Finding the files
+
+    async def _find_chain(self, parts: list[str], patient: bool) -> Chain:
+        """Raises FolderChanged if it is worth while to look again."""
+        live = [self.follower.current, *reversed(self.follower.draining)]
+        owners = match_parts(parts, live)
+        proven = all(part in owners and is_right(owners[part], part) for part in parts)
+        newer = follow_up(owners[parts[-1]], live) if parts and proven else None
+        if newer is not None:
+            return Chain(owners, newer, self.follower.current.began[1])
+
+        names = rotated_files(self.follower.path)
+        found = await self._open_owners(parts, names, live, patient)
+        more = [file for file in found.values() if file not in live]
+        owners = match_parts(parts, [*live, *more])
+        if parts and parts[-1] not in owners:
+            return Chain(owners, [], "")
+
+        newest = owners[parts[-1]] if parts else None
+        if newest is self.follower.current:
+            return Chain(owners, [], "")
+        own_path = next((path for path, file in found.items() if file is newest), "")
+        ours = next((name for name in names if name.path == own_path), None)
+        if newest and not ours:
+            newer = follow_up(newest, live) or []
+            nowhere = "the file that was read before is nowhere beside the log"
+            return Chain(owners, newer, self.follower.current.began[1] if newer else nowhere)
+        others = [name for name in names if name is not ours]
+        plan, last_gap = successors_of(ours, others)
+        return await self._open_newer(owners, newest, plan, last_gap, found, patient)
+
+    async def _open_owners(
+        self,
+        parts: list[str],
+        names: list[RotatedName],
+        live: list[LogFile],
+        patient: bool,
+    ) -> dict[str, LogFile]:
+        """Open the rotated files; the compressed ones only until every part has an owner."""
+        found: dict[str, LogFile] = {}
+        for name in names:
+            if not name.compressed:
+                with contextlib.suppress(OSError):
+                    found[name.path] = self._open_plain(name, live, patient)
+
+        left_bytes = MAX_DECOMPRESSED
+        for name in names:
+            owners = match_parts(parts, [*live, *found.values()])
+            if len(owners) == len(parts):
+                break
+            if name.compressed:
+                with contextlib.suppress(OSError):
+                    found[name.path] = await self._decompress_once(name, left_bytes)
+                    left_bytes -= found[name.path].size
+        return found
+
+    def _open_plain(self, name: RotatedName, live: list[LogFile], patient: bool) -> LogFile:
+        for file in live:
+            if file.identity == name.identity:
+                return file
+        file = open_log_file(name.path)
+        if file.identity != name.identity and patient:
+            raise FolderChanged
+        return file
+
+    async def _decompress_once(self, name: RotatedName, most_bytes: int) -> LogFile:
+        """Return the content of a compressed file: one copy for all who resume in it.
+
+        A file that is still drained, although it was compressed meanwhile, stands for its copy.
+        """
+        async with self._lock:
+            key = (*name.identity, name.modified_s)
+            file = self._decompressed.get(key)
+            if file is None:
+                file = await run_in_thread(decompress, name.path, most_bytes)
+                self._decompressed[key] = file
+        for twin in self.follower.draining:
+            if twin.size == file.size and file.starts_with(twin.fingerprint):
+                return twin
+        return file
+
+    async def _open_newer(
+        self,
+        owners: dict[str, LogFile],
+        newest: LogFile | None,
+        plan: list[tuple[str, str]],
+        last_gap: str,
+        found: dict[str, LogFile],
+        patient: bool,
+    ) -> Chain:
+        """Open what came after the newest owner; what cannot be opened is a gap."""
+        newer: list[Successor] = []
+        pending_gap, left_bytes = "", MAX_DECOMPRESSED
+        names = {name.path: name for name in rotated_files(self.follower.path)}
+        before = newest.identity if newest else (0, 0)
+
+        for path, gap in plan:
+            try:
+                if path not in names:
+                    raise FolderChanged if patient else OSError(errno.ENOENT, "is gone")
+                if path not in found:
+                    found[path] = await self._open_named(names[path], left_bytes)
+                    left_bytes -= found[path].size if names[path].compressed else 0
+                gap = pending_gap or gap or self.follower.known_gap(before, names[path].identity)
+                newer.append(Successor(found[path], "rotated", gap))
+                before, pending_gap = names[path].identity, ""
+            except OSError as error:
+                pending_gap = f"{os.path.basename(path)} {problem_of(error)}"
+        known_gap = self.follower.known_gap(before, self.follower.current.identity)
+        return Chain(owners, newer, pending_gap or last_gap or known_gap)
+
+    async def _open_named(self, name: RotatedName, most_bytes: int) -> LogFile:
+        if name.compressed:
+            return await self._decompress_once(name, most_bytes)
+        return open_log_file(name.path)
+
+    # Linking them
+
+    def _link_segments(self, parts: list[str], chain: Chain) -> Position:
+        """Link the segments from a cursor to the tail, in one step, so that no change is missed.
+
+            [ older files, as far as their parts say ] -> [ newest ] -> [ newer ]* -> the tail
+        """
+        follower = self.follower
+        reading = {follower.current, *follower.draining}
+        successors = [successor.file for successor in chain.newer]
+        for file in [*chain.owners.values(), *successors]:
+            if file not in reading:
+                file.record_published(file.data_end())
+
+        newer = list(chain.newer)
+        if parts:
+            newest = chain.owners[parts[-1]]
+        else:
+            newest = newer.pop(0).file if newer else follower.current
+        event = "" if newest is follower.current else "rotated"
+        owned_parts = [part for part in parts[:-1] if part in chain.owners]
+        sent = [(chain.owners[part], part) for part in owned_parts]
+
+        first = last = Segment(newest, (part for _, part in sent))
+        for file, part in sent:
+            segment = Segment(file, newer=[newest.cursor_part(newest.end)])
+            last = last.link_to(segment, offset_of(part))
+        for successor in newer:
+            last = last.link_to(Segment(successor.file), 0, successor.reason, successor.gap)
+
+        last.end_limit = last.end
+        owned = follower.current in (newest, *chain.owners.values())
+        start = follower.current.end if owned else 0
+        gap = chain.last_gap
+        if not owned:
+            gap = gap or follower.current.lost
+        last.next = Link(follower.tail, start, event, gap)
+        if not follower.current.end and event:
+            follower.tail.start_cursor = last.cursor(last.end)
+        return Position(first, offset_of(parts[-1]) if parts else 0)
+
+
+def is_right(file: LogFile, part: str) -> bool:
+    """Return True if the part was made from this very file, and not from a copy of it."""
+    return file.cursor_part(offset_of(part)) == part
+
+
+def follow_up(file: LogFile, live: list[LogFile]) -> list[Successor] | None:
+    """Return what was the log between a file and the current one, if this process published it all.
+
+    `live` are the files that are read, the newest first. None if one of them is missing.
+    """
+    later = live[: live.index(file)] if file in live else []
+    sequences = [file.sequence, *(other.sequence for other in reversed(later))]
+    first = sequences[0]
+    if later and (not first or sequences != list(range(first, first + len(sequences)))):
+        return None
+    return [Successor(other, *other.began) for other in reversed(later[1:])]
+
+
+# ---- 5 Viewers -----------------------------------------------------------------------------------
+# Who is connected, in which phase, and how much each client may make the server hold: a number and
+# a budget of bytes for every phase. Owns open, awaiting_request, answered and viewers.
+
+REQUEST_S = 10.0  # for a request to be complete, and for every ENOUGH_BYTES of its answer
+STALLED_S = 60.0  # without any progress until a viewer is given up
+ENOUGH_BYTES = 20 * KIB  # an answer that moves at 2 kB/s may take as long as it needs
+READ_BYTES = KIB  # in one go: 150 messages of a byte, before anybody else has a turn
+REQUEST_BYTES = 64 * KIB  # from a client before its request is complete, TLS handshake included
+VIEWER_BYTES = 256 * KIB  # from a viewer, who has nothing to say
+REFILL_BYTES_S = 4 * KIB  # so fast these budgets fill up again
+MESSAGE_BYTES = 256  # what a message costs of this budget besides
+ANSWERS_BYTES = 64 * MIB  # in all answers that are under way
+SMALL_BYTES = 16 * KIB  # an answer of this size is never refused
+UNSENT_BYTES = 64 * KIB  # in the kernel for one client
+
+
+class Connections:
+    """All connections, from the first byte on, and what they hold together."""
+
+    def __init__(self, max_viewers: int, max_others: int, tls: ssl.SSLContext | None) -> None:
+        self.max_viewers = max_viewers
+        self.max_others = max_others  # connections that are no viewers
+        self.tls = tls
+        self.open: set[Connection] = set()
+        self.viewers: set[Connection] = set()
+        self.awaiting_request: dict[Connection, None] = {}  # the oldest first
+        self.answered: dict[Connection, None] = {}  # the oldest first
+        self.answer_bytes = 0
+
+    def add(self, connection: Connection) -> None:
+        """Take in a new connection; if there are too many, another one has to go."""
+        self.open.add(connection)
+        self.awaiting_request[connection] = None
+        if len(self.open) - len(self.viewers) > self.max_others:
+            self.evict(connection)
+
+    def evict(self, newest: Connection) -> None:
+        """Abort the oldest that has its answer, else the oldest without a request."""
+        delivered = (each for each in self.answered if not each.buffered)
+        silent = (each for each in self.awaiting_request if each is not newest)
+        victim = next(itertools.chain(delivered, silent, self.answered), newest)
+        self.remove(victim)
+        victim.abort()
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that is lost, or about to be; the socket is still open."""
+        connection.record_departure()
+        self.open.discard(connection)
+        self.viewers.discard(connection)
+        self.awaiting_request.pop(connection, None)
+        self.answered.pop(connection, None)
+        self.answer_bytes -= connection.answer_bytes
+        connection.answer_bytes = 0
+
+    def begin_request(self, connection: Connection) -> None:
+        self.awaiting_request.pop(connection, None)
+
+    def reserve(self, connection: Connection, size_bytes: int) -> bool:
+        """Set memory aside for an answer. Return False if too much of it is under way."""
+        others_bytes = self.answer_bytes - connection.answer_bytes
+        if size_bytes > SMALL_BYTES and others_bytes + size_bytes > ANSWERS_BYTES:
+            return False
+        if connection in self.open:  # else it has just left
+            self.answer_bytes = others_bytes + size_bytes
+            connection.answer_bytes = size_bytes
+        return True
+
+    def begin_answer(self, connection: Connection) -> None:
+        if connection in self.open:
+            self.answered[connection] = None
+            connection.progress = connection.progress[0], time.monotonic()
+            connection.close_timeout = None  # else the library cuts an answer that takes longer
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Return how much of the log may wait for one viewer in memory: all share 128 MiB."""
+        share = 128 * MIB // max(1, len(self.viewers))
+        return max(16 * KIB, min(MAX_MESSAGE, share))
+
+    def abort_all(self) -> None:
+        for connection in list(self.open):
+            connection.abort()
+
+    async def abort_stalled(self) -> None:
+        """Abort, for ever, whoever makes no progress. A viewer can resume with its cursor."""
+        while True:
+            await asyncio.sleep(5)
+            for connection in [each for each in self.open if each.is_stalled()]:
+                connection.abort()
 
 
 class Connection(ServerConnection):
-    """One client's connection, from its first byte on; the set of all is what a stop ends."""
+    """One client's connection, from its first byte on."""
 
-    everyone: set[Connection] = set()
-    viewers: set[Connection] = set()
-    unasked: dict[Connection, None] = {}  # without a complete request, the oldest first
-    most_unasked = 4096
+    tcp: asyncio.Transport  # the socket's own transport, also under TLS
+
+    def __init__(self, connections: Connections, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.connections = connections
+        self.since = time.monotonic()
+        self.progress = 0, self.since  # bytes that the client took, and when it last took some
+        self.received = 0.0, self.since  # bytes of the budget that are used up, as of that time
+        self.answer_bytes = 0
+        self.token = b""  # what opened the server to this viewer
+
+        self.who: dict[str, str] = {}  # how the access record names this viewer
+        self.query: dict[str, str] = {}
+        self.arrived = False
+        self.position: Position | None = None  # this and the next one belong to the Broadcaster
+        self.state_sent = LogState("ok", "")
+        self.proof_sent = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.everyone.add(self)
-        self.unasked[self] = None
-        if len(self.unasked) > self.most_unasked:
-            oldest = next(iter(self.unasked))
-            del self.unasked[oldest]
-            oldest.transport.abort()
-        self.progress = 0, time.monotonic()
-        self.told = "ok", ""
-        self.at: Position | None = None  # so far it was served; none while it is live
-        # The kernel takes 2.8 MB for a client that reads nothing: with this the write buffer tells the truth.
+        """Start with TCP, under TLS once more as soon as the handshake is done."""
+        if hasattr(self, "tcp"):
+            return super().connection_made(transport)
+
+        assert isinstance(transport, asyncio.Transport)
+        self.tcp = transport
+        self.tcp.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's is 256 KiB
+        self.connections.add(self)
+        # The kernel takes 2.8 MB for a client that reads nothing. With this option the rest
+        # stays in the write buffer, where it can be seen. macOS has no such option.
         with contextlib.suppress(OSError, AttributeError):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * KIB)
+            option = socket.TCP_NOTSENT_LOWAT
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, UNSENT_BYTES)
+
+        if self.connections.tls is None:
+            return super().connection_made(transport)
+        tls = TLSProtocol(self, self.connections.tls)
+        self.tcp.set_protocol(tls)
+        tls.connection_made(self.tcp)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.everyone.discard(self)
-        self.viewers.discard(self)
-        self.unasked.pop(self, None)
+        self.connections.remove(self)
         super().connection_lost(exc)
+        self.break_cycles()
+
+    def break_cycles(self) -> None:
+        """Let go of what refers back to the connection.
+
+        Garbage collection stops the loop for a second with 10,000 connections open. Without
+        cycles it is hardly ever due.
+        """
+        protocol = self.protocol
+        protocol.parser.close()
+        for owner in (protocol, self.tcp):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, types.MethodType):
+                    delattr(owner, name)
+        for error in (protocol.handshake_exc, protocol.parser_exc, self.connection_exc):
+            while error:
+                error.__traceback__ = None
+                error = error.__cause__ or error.__context__
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), READ_BYTES):
+            part = data[start : start + READ_BYTES]
+            cost = 0 if self.connections.tls else len(part)  # TLSProtocol has counted it
+            if self.may_receive(cost):
+                super().data_received(part)
+
+    def process_event(self, event: Any) -> None:
+        if self.may_receive(MESSAGE_BYTES):
+            super().process_event(event)
+
+    def may_receive(self, size_bytes: int) -> bool:
+        """Count what the client sends. If it is more than it may send, abort and return False."""
+        now = time.monotonic()
+        used, then = self.received
+        used = max(0.0, used - (now - then) * REFILL_BYTES_S) + size_bytes
+        self.received = used, now
+
+        budget = VIEWER_BYTES if self in self.connections.viewers else REQUEST_BYTES
+        if used > budget:
+            self.abort()
+        return used <= budget
+
+    def abort(self) -> None:
+        self.tcp.abort()
+
+    def write_frame(self, frame: bytes) -> None:
+        """Write a frame to the socket, unless the connection is closing."""
+        if self.protocol.state is State.OPEN:
+            self.transport.write(frame)
+
+    def record_arrival(self, resumed: bool) -> None:
+        """Put a viewer into the access record; it stands there again when it leaves."""
+        self.arrived = True
+        record_access("came", **self.who, resumed=resumed)
+
+    def record_departure(self) -> None:
+        if self.arrived:
+            self.arrived = False
+            taken, _ = self.sent_and_queued()
+            lasted_s = round(time.monotonic() - self.since)
+            record_access("left", **self.who, seconds=lasted_s, bytes=max(0, taken))
 
     @property
     def socket(self) -> socket.socket:
-        sock: socket.socket = self.transport.get_extra_info("socket")
+        sock: socket.socket = self.tcp.get_extra_info("socket")
         return sock
 
     @property
     def buffered(self) -> int:
+        """Bytes in the write buffer: what the kernel has not taken yet."""
         return self.transport.get_write_buffer_size()
 
     @property
     def speaks_json(self) -> bool:
         return self.subprotocol == PROTOCOL
 
-    def stuck(self) -> bool:
-        """Has the client taken nothing of what there is for it for a minute? (tcp(7), TCP_INFO)"""
+    def is_stalled(self) -> bool:
+        """Return True if the client makes no progress with what it has to send or to take."""
+        now = time.monotonic()
+        if self in self.connections.awaiting_request:
+            return now - self.since > REQUEST_S
+
+        answered = self in self.connections.answered
+        enough = ENOUGH_BYTES if answered else 1
+        taken, queued = self.sent_and_queued()
+        idle = not queued and not self.buffered and not answered
+        if idle or abs(taken - self.progress[0]) >= enough:
+            self.progress = taken, now
+        return now - self.progress[1] > (REQUEST_S if answered else STALLED_S)
+
+    def sent_and_queued(self) -> tuple[int, int]:
+        """Return how many bytes the client has acknowledged, and how many the kernel has yet to
+        deliver (tcp(7): TCP_INFO, SIOCOUTQ). What other systems know is in the write buffer."""
         try:
-            (queued,) = struct.unpack("i", fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(4)))
-            (taken,) = struct.unpack_from("=Q", self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 120)
-        except (OSError, AttributeError, struct.error):
-            queued, taken = 0, -self.buffered
-        if taken != self.progress[0] or not (queued or self.buffered):
-            self.progress = taken, time.monotonic()
-        return time.monotonic() - self.progress[1] > STUCK
+            outq = fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(4))
+            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            (queued,) = struct.unpack("i", outq)
+            (acknowledged,) = struct.unpack_from("=Q", info, 120)
+        except (OSError, ValueError, AttributeError, struct.error):
+            return -self.buffered, 0
+        return acknowledged, queued
 
 
-class Viewers:
-    """Those who are live: all at one position, the end of the stream."""
+class TLSProtocol(asyncio.sslproto.SSLProtocol):
+    """TLS between the socket and a Connection.
 
-    def __init__(self, log: Log) -> None:
-        self.log = log
-        self.at = Position(log.tail, log.tail.end)
+    The loop could do it, but would not count a handshake under way among the connections.
+    """
+
+    max_size = READ_BYTES  # allocated for each connection; asyncio's is 256 KiB
+
+    def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
+        super().__init__(
+            connection.loop,
+            connection,
+            context,
+            None,  # type: ignore[arg-type]  # nobody waits for the handshake
+            server_side=True,
+            ssl_handshake_timeout=5,
+            ssl_shutdown_timeout=3600,  # covers the delivery of an answer; see abort_stalled
+        )
+        self.connection = connection
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.connection.may_receive(nbytes):
+            super().buffer_updated(nbytes)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Let go of the connection, also if the handshake failed: it does not hear of that."""
+        connection = self.connection
+        del self.connection
+        connection.connections.remove(connection)
+        if not hasattr(connection, "transport"):
+            connection.break_cycles()
+        super().connection_lost(exc)
+
+
+# -- the broadcast --
+
+MAX_BROADCAST = 64 * KIB  # larger batches are not broadcast: each viewer reads them from the file
+MAX_UNSENT = 64 * KIB  # a viewer with more unsent bytes than this leaves the broadcast
+HEARTBEAT_S = 10.0  # without a message until `checked` is sent
+MAX_CACHED = 16  # messages, read and written out once for all who catch up at the same time
+
+
+class Broadcaster:
+    """The live viewers: all of them at one position, the end of the stream.
+
+    It alone writes a viewer's `position`, `state_sent` and `proof_sent`.
+    """
+
+    def __init__(self, follower: LogFollower, connections: Connections) -> None:
+        self.follower, self.connections = follower, connections
+        self.resumer = Resumer(follower)
+        self.position = Position(follower.tail, follower.tail.end)
         self.live: dict[Connection, asyncio.Future[None]] = {}
-        self.waiting: list[asyncio.Future[None]] = []
-        self.recent: dict[Position, Frame] = {}  # the last 16, read and written out once for all who catch up
-        self.spoke = time.monotonic()
+        self.published = asyncio.Event()  # set, and replaced, after each check of the follower
+        self._cache: dict[Position, Message] = {}
+        self._last_send_s = time.monotonic()
+        self._proof = b""  # what all viewers were told last about the log's integrity
 
-    async def join(self, viewer: Connection) -> None:
-        """Be live, until there is something to read for oneself."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        assert viewer.at
-        if settled(viewer.at) != self.at:  # the follower has yet to say what happened
-            self.waiting.append(future)
-            return await future
-        viewer.at = None  # it moves with all the others: a position of its own would keep rotated files open
-        self.live[viewer] = future
+    # For all viewers
+
+    def publish(self) -> None:
+        """Broadcast what was published since the last call.
+
+        Slow viewers, or all if the batch is large, read it from the file.
+        """
+        self.published.set()
+        self.published = asyncio.Event()
+        self._broadcast_state()
+        end = Position(self.follower.tail, self.follower.tail.end)
+        messages = self._pending_messages(end) if end != self.position else []
+        if messages is None:
+            for viewer in list(self.live):
+                self._detach(viewer)
+        self.position = end
+        for message in messages or ():
+            self._send(message.plain, message.json)
+
+        if time.monotonic() - self._last_send_s > HEARTBEAT_S:
+            size = max(self.follower.size, end.offset)
+            checked = checked_message(size, end.offset, self.follower.unfinished_bytes)
+            self._send(b"", checked)
+        if len(self.live) == len(self.connections.viewers):
+            self._cache.clear()  # messages keep their files open
+
+    def _pending_messages(self, end: Position) -> list[Message] | None:
+        """Return what all live viewers get now; None if each has to read it."""
+        if not self.live:
+            return []
+        position, size, messages = self.position, 0, list[Message]()
         try:
-            await future
+            while size <= MAX_BROADCAST and (message := self._next_message(position)):
+                messages.append(message)
+                position, size = message.next_position, size + len(message.data)
+        except OSError:
+            return None  # the follower tells the state at its next check
+        if size > MAX_BROADCAST or normalize(position) != end:
+            return None
+        return messages
+
+    def _next_message(self, position: Position) -> Message | None:
+        """Return the next message, with the name of its generation. Raises OSError."""
+        message = next_message_at(position, self.connections.unsent_bytes)
+        if message:
+            self.follower.names.assign(message.file)
+        return message
+
+    def _broadcast_state(self) -> None:
+        state = self.follower.state
+        if all(viewer.state_sent == state for viewer in self.live):
+            return
+        frame = text_frame(state_message(state))
+        for viewer in self.live:
+            if viewer.speaks_json and viewer.state_sent != state:
+                viewer.write_frame(frame)
+            viewer.state_sent = state
+
+    def broadcast_json(self, message: dict[str, Any]) -> None:
+        """Tell all viewers, and those who come later, about the log's integrity."""
+        self._proof = wire_text(message)
+        for viewer in self.live:
+            viewer.proof_sent = self._proof
+        self._send(b"", self._proof)
+
+    def _send(self, plain: bytes, as_json: bytes) -> None:
+        """Write one message to all live viewers; those who lag leave the broadcast."""
+        frames = text_frame(plain) if plain else b"", text_frame(as_json)
+        receivers = 0
+
+        most_unsent = min(MAX_UNSENT, self.connections.unsent_bytes)
+        for viewer, future in list(self.live.items()):
+            if future.done():
+                continue
+            if viewer.buffered > most_unsent:
+                self._detach(viewer)
+                continue
+            if frame := frames[viewer.speaks_json]:
+                viewer.write_frame(frame)
+                receivers += 1
+        counters["sent_bytes_total"] += len(plain) * receivers
+        self._last_send_s = time.monotonic()
+
+    def _detach(self, viewer: Connection) -> None:
+        future = self.live[viewer]
+        if not future.done():
+            viewer.position = self.position
+            future.set_result(None)
+
+    # For one viewer
+
+    async def first_message(
+        self, viewer: Connection, initial_bytes: int, since: str | None
+    ) -> bytes:
+        """Find the viewer's position, and return its first message. Raises OSError."""
+        resumed = None if since is None else await self.resumer.resume(since)
+        if isinstance(resumed, Position):
+            message = next_message_at(resumed, self.connections.unsent_bytes)
+            position, text = resumed, ""
+            if message and message.kind == "append" and message.file is resumed.segment.file:
+                position, text = message.next_position, message.text
+            start, reason = resumed.offset, None
+        else:
+            position, start, text = await self._end_of_log(initial_bytes)
+            reason = resumed
+
+        viewer.position = position
+        self.follower.names.assign(position.segment.file)
+        found = isinstance(resumed, Position)
+        viewer.record_arrival(resumed=found)
+        if not viewer.speaks_json:
+            return text.encode()
+        return snapshot_message(self.follower.name, start, position, text, found, reason)
+
+    async def _end_of_log(self, initial_bytes: int) -> tuple[Position, int, str]:
+        """Return the end of the stream, and where and what the last lines before it are."""
+        follower = self.follower
+        while not follower.current.is_unchanged() and await follower.check():
+            await asyncio.sleep(0)  # otherwise the cursor would cover bytes that were never sent
+        file, end = follower.current, follower.tail.end
+        start = file.line_start(end, initial_bytes) if file.is_unchanged() else end
+        text = file.read_data(start, end).decode(errors="replace")
+        return Position(follower.tail, end), start, text
+
+    async def next_message(self, viewer: Connection) -> bytes:
+        """Wait for what comes next for one viewer; b"" if its protocol has no such message.
+
+        Raises OSError.
+        """
+        if viewer.speaks_json and viewer.state_sent != self.follower.state:
+            viewer.state_sent = self.follower.state
+            return state_message(viewer.state_sent)
+        if viewer.speaks_json and viewer.proof_sent is not self._proof:
+            viewer.proof_sent = self._proof
+            return self._proof
+        if viewer.position is None:
+            return b""  # removed meanwhile
+
+        message = self._cache.get(viewer.position) or self._next_message(viewer.position)
+        if message is None:
+            await self._wait_live(viewer)
+            return b""
+        self._cache[viewer.position] = message
+        if len(self._cache) > MAX_CACHED:
+            del self._cache[next(iter(self._cache))]
+        viewer.position = message.next_position
+        counters["sent_bytes_total"] += len(message.data)
+        return message.json if viewer.speaks_json else message.plain
+
+    async def _wait_live(self, viewer: Connection) -> None:
+        """Wait as a live viewer; return when this viewer has to read the file itself."""
+        if viewer.position and normalize(viewer.position) != self.position:
+            await self.published.wait()  # the follower has yet to say what happened
+            return
+        self.live[viewer] = asyncio.get_running_loop().create_future()
+        viewer.position = None  # a position of its own would keep rotated files open
+        try:
+            await self.live[viewer]
         finally:
             del self.live[viewer]
 
-    def release(self, viewer: Connection, future: asyncio.Future[None]) -> None:
-        if not future.done():  # else it has just left
-            viewer.at = self.at
-            future.set_result(None)
+    async def tell_trouble(self, viewer: Connection) -> None:
+        """Tell a viewer the state, if it is news, and wait for the next check."""
+        checked = self.published
+        if viewer.speaks_json and viewer.state_sent != self.follower.state:
+            viewer.state_sent = self.follower.state
+            await viewer.send(state_message(viewer.state_sent), text=True)
+        await checked.wait()
 
-    def advance(self) -> None:
-        """Send the live ones what was published since; those who are slow, or all if it is much, read the file."""
-        waiting, self.waiting = self.waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
-        self.tell((self.log.state, self.log.detail))
-        end = Position(self.log.tail, self.log.tail.end)
-        frames = self.batch(end)
-        for viewer, future in self.live.items():
-            if frames is None or viewer.buffered > BACKLOG:
-                self.release(viewer, future)
-        self.at = end
-        for frame in frames or ():
-            self.send(frame.plain, frame.json)
-        if time.monotonic() - self.spoke > QUIET:
-            checked = {"type": "checked", "size": self.log.gen.size, "end": self.log.gen.end}
-            self.send(b"", json.dumps(checked).encode())
-        if len(self.live) == len(Connection.viewers):
-            self.recent.clear()  # frames keep their files open
-
-    def batch(self, end: Position) -> list[Frame] | None:
-        """What all who are live get now; None where each has to read it."""
-        at, size, frames = self.at, 0, []
-        while self.live and size <= BROADCAST and (frame := step(at)):
-            frames.append(frame)
-            at, size = frame.to, size + len(frame.data)
-        return frames if size <= BROADCAST and (settled(at) == end or not self.live) else None
-
-    def tell(self, state: tuple[str, str]) -> None:
-        news = [viewer for viewer in self.live if viewer.told != state and viewer.speaks_json]
-        broadcast(news, state_frame(state), text=True)
-        for viewer in news:
-            viewer.told = state
-
-    def send(self, plain: bytes, as_json: bytes) -> None:
-        """To all who are live and not about to leave."""
-        here = [viewer for viewer, future in self.live.items() if not future.done()]
-        broadcast([viewer for viewer in here if viewer.speaks_json], as_json, text=True)
-        if plain:
-            broadcast([viewer for viewer in here if not viewer.speaks_json], plain, text=True)
-        counted["sent_bytes_total"] += len(plain) * len(here)
-        self.spoke = time.monotonic()
-
-    def next_message(self, viewer: Connection) -> bytes | None:
-        """What comes next for one that catches up, empty where it is not told; None at the end."""
-        assert viewer.at
-        frame = self.recent.get(viewer.at) or step(viewer.at)
-        if frame is None:
-            return None
-        self.recent[viewer.at] = frame
-        if len(self.recent) > 16:
-            del self.recent[next(iter(self.recent))]
-        viewer.at = frame.to
-        counted["sent_bytes_total"] += len(frame.data)
-        return frame.json if viewer.speaks_json else frame.plain
+    def remove(self, viewer: Connection) -> None:
+        """Forget a viewer that has gone: it must not keep files open."""
+        viewer.position = None
 
 
-def state_frame(state: tuple[str, str]) -> bytes:
-    return json.dumps({"type": "state", "state": state[0], "detail": state[1]}).encode()
-
-
-async def watch_along(viewers: Viewers, initial: int, viewer: ServerConnection) -> None:
-    """A viewer's life: fed until it leaves; what it says is read and ignored."""
+async def handle_viewer(
+    broadcaster: Broadcaster, initial_bytes: int, viewer: ServerConnection
+) -> None:
+    """Serve a viewer until it leaves; what it sends is read and ignored."""
     assert isinstance(viewer, Connection)
-    feeding = asyncio.create_task(feed(viewers, initial, viewer))
+    sending = asyncio.create_task(send_loop(broadcaster, initial_bytes, viewer))
     try:
         async for _ in viewer:
             pass
     except ConnectionClosed:
         pass
     finally:
-        feeding.cancel()
-        await asyncio.wait([feeding])
-        if not feeding.cancelled() and (error := feeding.exception()):
-            raise error
+        sending.cancel()
+        await asyncio.wait([sending])
+        broadcaster.remove(viewer)
+
+    if not sending.cancelled() and (error := sending.exception()):
+        raise error
 
 
-async def feed(viewers: Viewers, initial: int, viewer: Connection) -> None:
-    """First the end of the log, or what came since the cursor; then step by step, and live at the end."""
-    log = viewers.log
-    with contextlib.suppress(ConnectionClosed):
-        viewer.at, first = await opening(log, initial, query_of(viewer).get("since"))
-        await viewer.send(json.dumps(first, ensure_ascii=False) if viewer.speaks_json else first["text"])
-        while viewer.at:
-            if viewer.speaks_json and viewer.told != (log.state, log.detail):
-                viewer.told = log.state, log.detail
-                await viewer.send(state_frame(viewer.told), text=True)
-            elif (message := viewers.next_message(viewer)) is None:
-                await viewers.join(viewer)
-            elif message:
-                await viewer.send(message, text=True)
+async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connection) -> None:
+    """Send the first message, then message by message, and wait live at the end."""
+    since = viewer.query.get("since")
+    first = True
 
-
-async def opening(log: Log, initial: int, since: str | None) -> tuple[Position, dict[str, Any]]:
-    """Where a viewer begins, and its first frame."""
-    resumed = None if since is None else await log.resume(since)
-    if isinstance(resumed, Position):
-        frame = step(resumed)
-        at = frame.to if frame and frame.kind == "append" and frame.to.segment is resumed.segment else resumed
-        start, text = resumed.offset, frame.text if frame and at is frame.to else ""
-    else:
-        while not log.gen.intact() and await log.check():
-            await asyncio.sleep(0)  # else the cursor would prove bytes that nobody got
-        at = Position(log.tail, log.tail.end)
-        start = log.gen.line_start(at.offset, initial) if log.gen.intact() else at.offset
-        text = log.gen.read(start, at.offset).decode(errors="replace")
-    gen = at.segment.gen
-    return at, {
-        "type": "snapshot",
-        "log": log.name,
-        "generation": gen.name,
-        "resumed": isinstance(resumed, Position),
-        "reason": resumed if isinstance(resumed, str) else None,
-        "start": start,
-        "end": at.offset,
-        "cursor": at.cursor,
-        "size": gen.size,
-        "text": text,
-    }
-
-
-# History: search, times
-
-# The filter language. White space is what JavaScript calls so.
-SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
-TERM = re.compile(f'(-?)(?:"([^"]*)"|([^{SPACE}]+))')
-SIGN = r"[!-/:-@\[-`{-~]"
-TOKEN = re.compile(
-    rf"\\[bBdDwWsSt]|\\{SIGN}|\(\?[:=!]|\((?!\?)|[)|.^$]|\[(?!\^?\])\^?(?:\\[dwst]|\\{SIGN}|[^\\\[\]])+\]"
-    r"|(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??(?![*+?{])|[^\\\[\](){}|*+?.^$]"
-)
-CLASSES = {
-    "d": "0-9",
-    "w": "A-Za-z0-9_",
-    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}",
-}
-STAND_INS = r"[\x1a\x{9f}\x{fffd}]"  # what grep gets for bytes that are no character, and for U+FFFD itself
-WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
-# Behind a newline: ten times as fast to look for as `^`.
-STAMP = re.compile(rb"\n\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z| ?[+-]\d\d(?::?\d\d)?)?)")
-# Where grep has no -P: plain text only, in a process of its own as well.
-PLAIN_SEARCH = """
-import json, sys
-case, *terms = json.loads(sys.argv[1])
-def fold(text):  # one character for one, as JavaScript does
-    ways = ((c.casefold(), c.lower(), c) for c in text)
-    return text if case else "".join(next(way for way in each if len(way) == 1) for each in ways)
-offset = 0
-for line in sys.stdin.buffer:
-    text = fold(line.decode().translate({0x1a: 0xfffd, 0x9f: 0xfffd}))
-    if all((fold(term) in text) != exclude for exclude, term in terms):
-        sys.stdout.buffer.write(b"%d:%b" % (offset, line))
-    offset += len(line)
-"""
-
-
-class Term(NamedTuple):
-    """One term of the filter language: plain text, or a regular expression for PCRE."""
-
-    exclude: bool
-    plain: str | None
-    pattern: str
-
-
-def terms_of(query: str) -> list[Term]:
-    """The filter language: all terms must match; see the README. Trouble for an empty query."""
-    terms = []
-    for minus, quoted, word in TERM.findall(query):
-        if quoted or word:
-            plain = quoted or (None if is_expression(word) and re.search(r"[\\^$.*+?()[\]{}|]", word) else word)
-            terms.append(Term(bool(minus), plain, as_text(plain) if plain else as_pcre(word)))
-    if not terms:
-        raise Trouble(400, "the query is empty")
-    return sorted(terms, key=lambda term: term.exclude)  # what must match first: PCRE gives up sooner
-
-
-def is_expression(word: str) -> bool:
-    """Does it consist only of what JavaScript, Python and PCRE mean alike?"""
-    tokens = TOKEN.findall(word)
-    with contextlib.suppress(re.error, OverflowError, RecursionError):
-        return "".join(tokens) == word and not repeats_lookahead(tokens) and bool(re.compile(word))
-    return False
-
-
-def repeats_lookahead(tokens: list[str]) -> bool:
-    """Python and PCRE take `(?=a)*`, JavaScript does not."""
-    groups = []
-    for token, following in zip(tokens, [*tokens[1:], "end"], strict=True):
-        if token[0] == "(":
-            groups.append(token)
-        elif token == ")" and groups and groups.pop() in ("(?=", "(?!") and following[0] in "*+?{":
-            return True
-    return False
-
-
-def as_text(text: str) -> str:
-    hexed = re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
-    return hexed.replace(r"\x{fffd}", STAND_INS)
-
-
-def as_pcre(word: str) -> str:
-    """With JavaScript's meaning of the classes; the PCRE2 of Debian 12 takes \\S, \\W and \\D for ASCII."""
-    spelled = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", spelled_out, word, flags=re.DOTALL)
-    return spelled.replace("\0", r"\x00").replace("\ufffd", STAND_INS)
-
-
-def spelled_out(piece: re.Match[str]) -> str:
-    text, kind = piece[0], piece[0][1:]
-    if text[0] == "[":
-        return "[" + re.sub(r"\\([dws])", lambda found: CLASSES[found[1]], kind)
-    if kind in ("b", "B"):
-        return f"(?:{WORD_EDGE})" if kind == "b" else f"(?!{WORD_EDGE})"
-    if kind.lower() in CLASSES:
-        return f"[{'^' if kind.isupper() else ''}{CLASSES[kind.lower()]}]"
-    return text
-
-
-Stretch = tuple[int, int]  # of the log: its start and its end
-Child = tuple[list[str], bool]  # prints matching lines with their offsets; needs characters for bytes that are none?
-
-# What is asked of the whole log: two searches at a time, in child processes, and two walks through the times.
-search_places, walk_places = asyncio.Semaphore(2), asyncio.Semaphore(2)
-search_threads = concurrent.futures.ThreadPoolExecutor(4, "search")  # two for each: one feeds, one collects
-
-
-def apart(work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    return asyncio.get_running_loop().run_in_executor(search_threads, work, *args)
-
-
-async def walk(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     try:
-        async with asyncio.timeout(5), walk_places:
-            return await off_loop(work, *args)
-    except TimeoutError:
-        raise Trouble(422, "too few lines of the log have a time") from None
-
-
-async def search(gen: Generation, query: dict[str, str]) -> dict[str, Any]:
-    """Trouble, when it cannot be done or takes too long."""
-    terms = await apart(terms_of, query.get("q", ""))
-    limit = natural(query, "limit", 200, 1, 1000)
-    before = natural(query, "before", gen.size, 0, 1 << 62)
-    child = child_for(terms, query.get("case") == "1")
-    try:
-        await asyncio.wait_for(search_places.acquire(), 3)
-    except TimeoutError:
-        raise Trouble(503, "too many searches at a time", Retry_After="3") from None
-    counted["searches_total"] += 1
-    try:
-        return await backwards(gen, min(before, gen.size), child, limit)
-    finally:
-        search_places.release()
-
-
-async def backwards(gen: Generation, before: int, child: Child, limit: int) -> dict[str, Any]:
-    """Growing pieces, from the end to the beginning, for 3 s and 256 MiB at most."""
-    begun, size = time.monotonic(), gen.size
-    top = at = await apart(line_before, gen, before, size)
-    lowest, piece = max(0, top - 256 * MIB), MIB
-    found, searched = list[Stretch](), list[Stretch]()
-    while at > lowest and len(found) < limit:
-        start = await apart(line_before, gen, max(lowest, at - piece), size)
-        try:
-            async with asyncio.timeout(5.0 if at == top else begun + 3 - time.monotonic()):
-                more, fed = await search_piece(gen, start, at, size, child, limit - len(found))
-        except TimeoutError:
-            if at == top:
-                raise Trouble(422, "the search is too expensive: simplify it") from None
-            break
-        found, searched, at, piece = more + found, fed + searched, start, piece * 4
-    matches = await apart(matches_at, gen, found)
-    at = matches[0]["start"] if len(found) >= limit or len(matches) < len(found) else at
-    edges = [at, *(offset for stretch in searched for offset in stretch if stretch[1] > at), top]
-    skipped = [[start, end] for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-    answer = {"matches": matches, "scanned": [at, top], "size": size}
-    return answer | ({"skipped": skipped} if skipped else {})
-
-
-async def search_piece(
-    gen: Generation, start: int, end: int, size: int, child: Child, most: int
-) -> tuple[list[Stretch], list[Stretch]]:
-    """The last matches between two offsets, and the stretches that were searched."""
-    command, mend = child
-    process = start_child(command)
-    # Each thread owns one end of a pipe and closes it; ending the process is what ends both.
-    feeding = apart(feed_child, whole_lines(gen, start, end, size), mend, process.stdin)
-    threads: list[asyncio.Future[Any]] = [feeding, apart(collect, process.stdout, most)]
-    try:
-        await asyncio.wait(threads)
-    except asyncio.CancelledError:
-        process.kill()
-        await asyncio.wait(threads)
+        while True:
+            try:
+                if first:
+                    message = await broadcaster.first_message(viewer, initial_bytes, since)
+                    await viewer.send(message, text=True)
+                    first = False
+                elif message := await broadcaster.next_message(viewer):
+                    await viewer.send(message, text=True)
+            except OSError:  # the log cannot be read: tell the state, and try again
+                await broadcaster.tell_trouble(viewer)
+    except ConnectionClosed:
+        pass
+    except Exception:
+        viewer.transport.abort()  # nobody may be left mute
         raise
-    finally:
-        process.wait()
-    if process.returncode not in (0, 1):  # 2: the limits of PCRE; -9, -24: ours
-        raise Trouble(422, "the search is too expensive: simplify it")
-    fed, found = feeding.result(), []
-    offsets = list(itertools.accumulate((until - at for at, until in fed), initial=0))
-    for offset, length in threads[1].result():
-        number = bisect.bisect(offsets, offset) - 1
-        at = fed[number][0] + offset - offsets[number]
-        found.append((at, min(at + length, end)))
-    return found, fed
 
 
-@functools.cache
-def has_pcre() -> bool:
-    with contextlib.suppress(OSError):
-        quiet = subprocess.DEVNULL
-        return subprocess.run(["grep", "-abP", "-e", "x"], stdin=quiet, stdout=quiet, stderr=quiet).returncode == 1
-    return False
+def text_frame(payload: bytes) -> bytes:
+    """Return a WebSocket frame (RFC 6455, section 5.2), written out once for all viewers."""
+    return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
-def child_for(terms: list[Term], case: bool) -> Child:
-    """Trouble where there is none for a query."""
-    if has_pcre():
-        first, alone = terms[0], len(terms) == 1 and not terms[0].exclude
-        every = "^" + "".join(f"(?{'!' if exclude else '='}.*(?:{pattern}))" for exclude, _, pattern in terms)
-        mend = not (alone and first.plain) or "\ufffd" in first.plain  # else it can only be found between such bytes
-        return ["grep", "-abP" if case else "-abPi", "-e", first.pattern if alone else every], mend
-    if any(term.plain is None for term in terms):
-        raise Trouble(501, "regular expressions need GNU grep with -P on this server; plain text does not")
-    return [sys.executable, "-I", "-c", PLAIN_SEARCH, json.dumps([case, *(term[:2] for term in terms)])], True
+# ---- 6 HTTP --------------------------------------------------------------------------------------
+# From a request to its answer: context, access, route, common headers. Owns nothing.
+
+HISTORY = ("/api/audit", "/api/search", "/api/counts", "/api/timeline", "/api/seek", "/api/files")
+PROOF = {"/api/receipt": "GET, HEAD", "/api/review": "POST", "/api/record": "POST"}
 
 
-def start_child(command: list[str]) -> subprocess.Popen[bytes]:
-    """With limits, so that it ends even if we do not live to end it."""
-    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-    environment = {"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)}
-    try:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, env=environment)
-    except OSError as error:
-        raise Trouble(503, f"no search can be started: {error.strerror}") from None
-    with contextlib.suppress(OSError, ValueError):
-        resource.prlimit(process.pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
-        resource.prlimit(process.pid, resource.RLIMIT_CPU, (10, 10))
-    return process
-
-
-def line_before(gen: Generation, offset: int, size: int) -> int:
-    """The last line start at or before offset; offset itself within a line over 1 MiB."""
-    for most in (4 * KIB, MIB + 1) if 0 < offset < size else ():
-        low = max(0, offset - most)
-        at = os.pread(gen.fd, offset - low, low).rfind(b"\n") + 1
-        if at or not low:
-            return low + at
-    return offset
-
-
-def whole_lines(gen: Generation, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Where they begin, and many at a time; without those over 1 MiB, and holes."""
-    at = end_of_line(gen, start - 1, end) if start else 0
-    while at < end:
-        data = gen.read(at, min(end, at + MIB + 1))
-        whole = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
-        if whole:
-            yield at, data[:whole]
-        at = at + whole if whole else end_of_line(gen, at, end)
-
-
-def end_of_line(gen: Generation, at: int, end: int) -> int:
-    """Behind the next newline, or behind the next hole."""
-    while at < end:
-        data = gen.read(at, min(end, at + MIB))
-        if not data:
-            return min(end, gen.after_hole(at) or end)
-        if cut := data.find(b"\n") + 1:
-            return at + cut
-        at += len(data)
-    return end
-
-
-def feed_child(lines: Iterator[tuple[int, bytes]], mend: bool, pipe: IO[bytes]) -> list[Stretch]:
-    """In a thread: the lines to the child. -> which stretches of the log it got"""
-    with contextlib.suppress(OSError, AttributeError):
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)
-    fed = []
-    with contextlib.suppress(BrokenPipeError), pipe:
-        for at, data in lines:
-            pipe.write(same_length(data) if mend else data)
-            fed.append((at, at + len(data)))
-    return fed
-
-
-def same_length(data: bytes) -> bytes:
-    """Valid UTF-8, for PCRE: what is no character becomes one that is as long as it, and neither letter nor space."""
-    at = len(data) if data.isascii() else 0
-    try:
-        while at < len(data):  # in pieces that the processor's cache holds: twice as fast
-            at += codecs.utf_8_decode(data[at : at + 64 * KIB], "strict", at + 64 * KIB >= len(data))[1]
-        return data
-    except UnicodeDecodeError:
-        return data.decode(errors="audit_stream.stand_in").encode()
-
-
-def stand_in(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
-    return "\x1a\x9f\ufffd"[error.end - error.start - 1], error.end
-
-
-codecs.register_error("audit_stream.stand_in", stand_in)
-
-
-def collect(pipe: IO[bytes], most: int) -> collections.deque[Stretch]:
-    """In a thread: offset and length of the last matches."""
-    with pipe:
-        matches = (line.partition(b":") for line in pipe)  # at most 1 MiB, as they were fed
-        return collections.deque(((int(offset), len(line)) for offset, _, line in matches), most)
-
-
-def matches_at(gen: Generation, places: list[Stretch]) -> list[dict[str, Any]]:
-    """The last of these matches, 1 MiB of text or little more, each with its first 16 KiB."""
-    matches: list[dict[str, Any]] = []
-    left, most = MIB, 16 * KIB
-    for start, end in reversed(places):
-        if left > 0:
-            text = os.pread(gen.fd, min(end - start, most + 1), start).removesuffix(b"\n")[:most]
-            cut = whole_characters(text) if end - start > most else len(text)
-            matches.append({"start": start, "end": end, "text": text[:cut].decode(errors="replace")})
-            left -= min(end - start, most)
-    return matches[::-1]
-
-
-def parse_time(text: str) -> float | None:
-    """In seconds since 1970; without a zone it is UTC."""
-    with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.datetime.fromisoformat(re.sub(r" (?=[+-])", "", text))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
-    return None
-
-
-def timeline(gen: Generation, points: int, unwanted: threading.Event) -> dict[str, Any]:
-    """The times at the beginning of lines that are spread evenly over the log."""
-    size = gen.size
-    wanted = (size * n // points for n in range(points) if size and not unwanted.is_set())
-    offsets = sorted({line_before(gen, offset, size) for offset in wanted})
-    stamps = (STAMP.match(b"\n" + os.pread(gen.fd, 64, at)) for at in offsets)
-    times = (parse_time(stamp[1].decode()) if stamp else None for stamp in stamps)
-    return {"size": size, "points": list(zip(offsets, times, strict=True))}
-
-
-def seek(gen: Generation, wanted: float, unwanted: threading.Event) -> dict[str, Any]:
-    """The first line at or after a time; a line without one belongs to the line above."""
-    low, high = 0, gen.size
-    found: tuple[int, float | None] = high, None
-    while high - low > 64 * KIB:
-        middle = (low + high) // 2
-        line = next(timed_lines(gen, middle, high, unwanted), None)
-        if line and line[1] < wanted:
-            low = line[0]
-        else:
-            high, found = middle, line or found
-    found = next((line for line in timed_lines(gen, low, high, unwanted) if line[1] >= wanted), found)
-    return dict(zip(("offset", "time"), found, strict=True))
-
-
-def timed_lines(gen: Generation, start: int, end: int, unwanted: threading.Event) -> Iterator[tuple[int, float]]:
-    """Offset and time of the lines that begin from start to end."""
-    at = end_of_line(gen, start - 1, end) if start else 0
-    while at < end and not unwanted.is_set():
-        data = gen.read(at, at + 64 * KIB)
-        for stamp in STAMP.finditer(b"\n" + data):
-            if at + stamp.start() < end and (time := parse_time(stamp[1].decode())) is not None:
-                yield at + stamp.start(), time
-        whole_lines = data.rfind(b"\n") + 1
-        at = at + whole_lines if whole_lines else end_of_line(gen, at, end)
-
-
-# HTTP
-
-
-class Trouble(Exception):
-    """What a client is told instead of an answer."""
+class HTTPError(Exception):
+    """An error response: status, one sentence, headers (with _ for -)."""
 
     def __init__(self, status: int, sentence: str, **headers: str) -> None:
         super().__init__(sentence)
-        self.status, self.headers = status, headers
+        self.status = status
+        self.headers = headers
+        self.page = b""  # for people, instead of the sentence
 
 
-def answer(status: int, body: bytes, kind: str, **headers: str) -> Response:
+def busy() -> HTTPError:
+    return HTTPError(503, "too many answers are under way", Retry_After="5")
+
+
+class Site(NamedTuple):
+    """What there is to be served."""
+
+    access: AccessControl
+    broadcaster: Broadcaster
+    history: History
+    files: FileSet
+    proof: Proof
+    page: bytes
+
+
+class RequestContext(NamedTuple):
+    """A request, and who makes it."""
+
+    connection: Connection
+    request: Request
+    path: str
+    query: dict[str, str]  # the last one of each name
+    upgrade: bool  # to a WebSocket
+    client: str  # an IPv4 address, or the /64 of an IPv6 address
+    scheme: str  # of the page's address
+    host: str  # in lower case, with its port if it was given; empty if missing or malformed
+    port: str
+    user: str  # the name of the token, or who a trusted proxy says it is; may be empty
+
+    @property
+    def who(self) -> dict[str, str]:
+        """Return how the access record names the client."""
+        return {"client": self.client, "name": self.user}
+
+
+async def respond(site: Site, connection: ServerConnection, request: Request) -> Response:
+    """Answer a request over HTTP, or accept a WebSocket."""
+    assert isinstance(connection, Connection)
+    connection.connections.begin_request(connection)
+    context = site.access.request_context(connection, request)
+
+    try:
+        response = await authorized_response(site, context)
+    except HTTPError as error:
+        response = error_response(context.path, error)
+
+    if connection.protocol.eof_sent:
+        # The client sent more than one request. The library cannot answer that: drop it.
+        connection.abort()
+        await connection.wait_closed()
+    if response.status_code == 101:
+        return response
+
+    if response.status_code not in (500, 505):  # these are the library's own
+        response = with_common_headers(site, context, response)
+    if not connection.connections.reserve(connection, len(response.body)):
+        response = with_common_headers(site, context, error_response(context.path, busy()))
+    connection.connections.begin_answer(connection)
+    return response
+
+
+async def authorized_response(site: Site, context: RequestContext) -> Response:
+    """Return the answer to a request. Raises HTTPError if it is refused."""
+    credential = site.access.authorize(context)
+    token = credential.token
+    if token and not context.user:
+        context = context._replace(user=token.name)
+
+    if context.upgrade:
+        response = accept_viewer(context)
+        if token:
+            context.connection.token = token.secret
+        return response
+    if context.path != "/" or not token or credential.place == "cookie":
+        return await route(site, context)
+
+    if credential.place == "address":
+        response = make_response(303, b"", TEXT, Location="./")
+    else:
+        response = make_response(200, site.page, HTML)
+    response.headers["Set-Cookie"] = site.access.set_cookie(context, token)
+    return response
+
+
+def accept_viewer(context: RequestContext) -> Response:
+    """Return the library's answer to a handshake. Raises HTTPError for what it refuses."""
+    connection, connections = context.connection, context.connection.connections
+    check_room(connections)
+
+    response = connection.protocol.accept(context.request)
+    if response.status_code in (400, 403, 405, 426):
+        sentence = bytes(response.body).decode().partition("\n")[0]
+        names = {"Allow", "Upgrade"} & set(response.headers)
+        headers = {name: response.headers[name] for name in names}
+        raise HTTPError(response.status_code, sentence, **headers)
+
+    if response.status_code == 101 and connection in connections.open:
+        connections.viewers.add(connection)
+        connection.who = context.who
+        connection.query = context.query
+    return response
+
+
+def check_room(connections: Connections) -> None:
+    if len(connections.viewers) >= connections.max_viewers:
+        raise HTTPError(503, "too many viewers", Retry_After="5")
+
+
+async def route(site: Site, context: RequestContext) -> Response:
+    """Return what there is at the path. Raises HTTPError, 404 if there is nothing."""
+    path = context.path
+    if path == "/":
+        return make_response(200, site.page, HTML)
+    if path == "/metrics":
+        content_type = "text/plain; version=0.0.4; charset=utf-8"
+        return make_response(200, metrics(site).encode(), content_type)
+
+    if path == "/ws/audit":
+        if "origin" in context.query:  # a page asks why its WebSocket was refused
+            check_room(context.connection.connections)
+        raise HTTPError(426, "this address speaks WebSocket", Upgrade="websocket")
+    if path in ("/healthz", *HISTORY, *PROOF):
+        try:
+            return await cancel_on_disconnect(context.connection, log_response(site, context))
+        except OSError as error:
+            raise HTTPError(503, f"the log cannot be read: {error.strerror}") from None
+    raise HTTPError(404, "not found")
+
+
+async def log_response(site: Site, context: RequestContext) -> Response:
+    """Return what is said about the log, 503 if there is none."""
+    follower = site.broadcaster.follower
+    state, detail = follower.state
+    if state != "ok" and context.path != "/api/record":
+        raise HTTPError(503, f"the log is {state}: {detail}")
+
+    if context.path == "/healthz":
+        return make_response(200, b"ok\n", TEXT)
+    follower.names.assign(follower.current)
+    if context.path == "/api/files":
+        body = json.dumps(await site.files.describe(), ensure_ascii=False).encode()
+        return make_response(200, body, JSON, ETag=f'"{follower.current.name}"')
+    file = await site.files.file_of(context)
+    if context.path in PROOF:
+        return await site.proof.respond(file, context)
+    if not context.connection.connections.reserve(context.connection, MIB):
+        raise busy()
+    response = await site.history.respond(file, context)
+    site.proof.history.note(context, response)
+    return response
+
+
+async def cancel_on_disconnect(connection: Connection, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, and cancel it if the client disconnects."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(connection.wait_closed())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait([working, leaving])
+
+    if working.cancelled():
+        raise HTTPError(503, "the client went away")
+    return working.result()
+
+
+def make_response(status: int, body: bytes, content_type: str, **headers: str) -> Response:
+    """Return a response; a header's name is written with _ for -."""
     fixed = {
         "Date": email.utils.formatdate(usegmt=True),
-        "Content-Type": kind,
+        "Content-Type": content_type,
         "Content-Length": str(len(body)),
         "Connection": "close",
         "Cache-Control": "no-store",
@@ -1420,225 +3011,80 @@ def answer(status: int, body: bytes, kind: str, **headers: str) -> Response:
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
     }
+
     more = {name.replace("_", "-"): value for name, value in headers.items()}
     return Response(status, http.HTTPStatus(status).phrase, Headers(fixed | more), body)
 
 
-def refusal(path: str, trouble: Trouble) -> Response:
-    body, kind = json.dumps({"error": str(trouble)}).encode(), JSON
+def error_response(path: str, error: HTTPError) -> Response:
+    body, content_type = json.dumps({"error": str(error)}).encode(), JSON
     if path in ("/", "/healthz"):
-        body, kind = f"{trouble}\n".encode(), TEXT
-    if path == "/" and trouble.status == 401:
-        body, kind = LOGIN, HTML
-    return answer(trouble.status, body, kind, **trouble.headers)
+        body, content_type = f"{error}\n".encode(), TEXT
+    if error.page:
+        body, content_type = error.page, HTML
+    return make_response(error.status, body, content_type, **error.headers)
 
 
-def query_of(connection: ServerConnection) -> dict[str, str]:
-    """The parameters of the request, the last one of a name."""
-    assert connection.request
-    query = connection.request.path.partition("?")[2]
-    return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
-
-
-class Call(NamedTuple):
-    """A request, and who makes it: the client, the scheme of the page's address, and the host in it."""
-
-    connection: Connection
-    request: Request
-    path: str
-    upgrade: bool  # to a WebSocket
-    client: str  # an IPv4 address, or the /64 of an IPv6 address
-    scheme: str
-    host: str  # in lower case; empty where it is missing or malformed
-    port: str
-
-
-async def respond(doors: Doors, viewers: Viewers, connection: ServerConnection, request: Request) -> Response:
-    """Answer a request over HTTP, or accept a WebSocket."""
-    call = doors.receive(connection, request)
-    call.connection.unasked.pop(call.connection, None)
-    try:
-        response = await admit(doors, viewers, call)
-    except Trouble as trouble:
-        response = refusal(call.path, trouble)
-    if connection.protocol.eof_sent:  # more came than one request: the library gave up, and would fail to answer
-        connection.transport.abort()
-        await connection.wait_closed()
-    return response if response.status_code in (101, 500, 505) else finished(doors, call, response)
-
-
-def finished(doors: Doors, call: Call, response: Response) -> Response:
-    """With what every answer needs."""
-    if call.upgrade:  # a WebSocket counts as an answer only where it is refused
+def with_common_headers(site: Site, context: RequestContext, response: Response) -> Response:
+    """Return the answer with what every one needs, or 429 in place of a refused WebSocket."""
+    if context.upgrade and response.status_code != 400:
         try:
-            doors.answers.take(call.client)
-        except Trouble as too_many:
-            response = refusal(call.path, too_many) if response.status_code != 400 else response
+            site.access.count_answer(context)  # an accepted WebSocket is none
+        except HTTPError as too_many:
+            response = error_response(context.path, too_many)
+
     if response.status_code >= 400:
-        counted[f'refused_requests_total{{status="{response.status_code}"}}'] += 1
-    if call.request.method == "HEAD":
+        counters[f'refused_requests_total{{status="{response.status_code}"}}'] += 1
+    if context.request.method == "HEAD":
         response.body = b""
-    response.headers.update(doors.policy(call))
+    response.headers.update(site.access.security_headers(context))
     return response
 
 
-async def admit(doors: Doors, viewers: Viewers, call: Call) -> Response:
-    """Through all doors, in the order that the README gives."""
-    check_form(call)
-    if not call.upgrade:
-        doors.answers.take(call.client)
-    doors.check_host(call)
-    credential = doors.check_token(call)
-    if call.request.method not in ("GET", "HEAD"):
-        raise Trouble(405, "only GET and HEAD are answered", Allow="GET, HEAD")
-    doors.check_origin(call)
-    if call.upgrade:
-        return doors.seat(call)
-    if call.path != "/" or credential not in ("header", "address"):
-        return await route(doors, viewers, call)
-    response = answer(303, b"", TEXT, Location="./") if credential == "address" else answer(200, doors.page, HTML)
-    secure = "; Secure" if call.scheme == "https" else ""
-    response.headers["Set-Cookie"] = f"{doors.cookie(call)}; HttpOnly; SameSite=Lax; Path=/{secure}"
-    return response
-
-
-def check_form(call: Call) -> None:
-    """Refuse what can be read in two ways (RFC 9110, section 5.3; RFC 9112, section 3.2)."""
-    for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
-        if len(call.request.headers.get_all(name)) > 1:
-            raise Trouble(400, f"{name} is there twice")
-    if not call.host:
-        raise Trouble(400, "Host is missing or malformed")
-
-
-async def route(doors: Doors, viewers: Viewers, call: Call) -> Response:
-    log = viewers.log
-    if call.path == "/":
-        return answer(200, doors.page, HTML)
-    if call.path == "/metrics":
-        return answer(200, metrics(viewers).encode(), "text/plain; version=0.0.4; charset=utf-8")
-    if call.path == "/ws/audit":
-        raise Trouble(426, "this address speaks WebSocket", Upgrade="websocket")
-    if call.path not in ("/healthz", "/api/audit", "/api/search", "/api/timeline", "/api/seek"):
-        raise Trouble(404, "there is nothing here")
-    if log.state != "ok":
-        raise Trouble(503, f"the log is {log.state}: {log.detail}")
-    return answer(200, b"ok\n", TEXT) if call.path == "/healthz" else await history(log.gen, call)
-
-
-async def history(gen: Generation, call: Call) -> Response:
-    """The log as it is, by range, search or time, unless it is another one by now."""
-    etag = f'"{gen.name}"'
+def int_parameter(
+    query: dict[str, str],
+    name: str,
+    default: int,
+    low: int,
+    high: int,
+) -> int:
+    """Return a whole number of the query. Raises HTTPError 400 for anything else."""
     try:
-        if not {"*", etag} & {tag.strip() for tag in call.request.headers.get("If-Match", "*").split(",")}:
-            raise Trouble(412, "the log is another one by now")
-        if call.path == "/api/audit":
-            response = await excerpt(gen, call.request.headers.get("Range", ""))
-        else:
-            found = await while_connected(call.connection, question(gen, call))
-            response = answer(200, json.dumps(found, ensure_ascii=False).encode(), JSON)
-    except Trouble as trouble:
-        response = refusal(call.path, trouble)
-    response.headers["ETag"] = etag
-    return response
+        return int_in_range(query.get(name, str(default)), name, low, high)
+    except ValueError as error:
+        raise HTTPError(400, str(error)) from None
 
 
-def question(gen: Generation, call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-    query = query_of(call.connection)
-    if call.path == "/api/search":
-        return search(gen, query)
-    if call.path == "/api/timeline":
-        return walk(timeline, gen, natural(query, "points", 200, 1, 2000))
-    return walk(seek, gen, wanted_time(query))
-
-
-async def while_connected(connection: ServerConnection, work: Coroutine[Any, Any, T]) -> T:
-    """What nobody waits for any more is cancelled."""
-    working, gone = asyncio.create_task(work), asyncio.create_task(connection.wait_closed())
-    try:
-        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        working.cancel(), gone.cancel()
-        await asyncio.wait([working, gone])
-    if working.cancelled():
-        raise Trouble(503, "the client went away")
-    return working.result()
-
-
-def wanted_time(query: dict[str, str]) -> float:
-    text = query.get("time", "").strip("[] ")
-    # A plus sign in an address is a space.
-    wanted = parse_time(re.sub(r"(?<=:\d\d)([.,]\d+)? (?=\d\d(:?\d\d)?$)", r"\1+", text))
-    if wanted is None:
-        raise Trouble(400, "time is no date and time as in 2025-12-17T17:40:37Z")
-    return wanted
-
-
-def natural(query: dict[str, str], name: str, default: int, low: int, high: int) -> int:
-    """A whole number of the query; Trouble for anything else."""
-    text = query.get(name, str(default))
+def int_in_range(text: str, name: str, low: int, high: int) -> int:
+    """Return the whole number that `text` is. Raises ValueError with a sentence."""
     if not re.fullmatch(r"\d{1,19}", text, re.ASCII) or not low <= int(text) <= high:
-        raise Trouble(400, f"{name} is no whole number from {low} to {high}")
+        raise ValueError(f"{name} must be an integer from {low} to {high}")
     return int(text)
 
 
-async def excerpt(gen: Generation, wanted: str) -> Response:
-    """The latest whole lines, or the range that is wanted, at most 1 MiB of it (RFC 9110, section 14)."""
-    if not wanted.lower().startswith("bytes="):
-        return answer(200, await asyncio.to_thread(latest_lines, gen), TEXT, Accept_Ranges="bytes")
-    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", wanted, re.ASCII | re.IGNORECASE)
-    first, last = match.groups() if match else ("", "")
-    size = gen.size
-    start = int(first) if first else max(0, size - int(last or 0))
-    end = min(int(last) + 1, size) if first and last else size
-    if start >= end:
-        raise Trouble(416, "there is no such range", Accept_Ranges="bytes", Content_Range=f"bytes */{size}")
-    body = await asyncio.to_thread(os.pread, gen.fd, min(end - start, MIB), start)
-    content = f"bytes {start}-{start + len(body) - 1}/{size}"
-    return answer(206, body, TEXT, Accept_Ranges="bytes", Content_Range=content)
-
-
-def latest_lines(gen: Generation) -> bytes:
-    end = gen.settled()
-    start = gen.line_start(end, 64 * KIB)
-    return os.pread(gen.fd, end - start, start)
-
-
-def metrics(viewers: Viewers) -> str:
-    """The text format of Prometheus."""
-    live, gen = len(viewers.live), viewers.log.gen
-    now = {
-        'viewers{state="live"}': live,
-        'viewers{state="catching_up"}': len(Connection.viewers) - live,
-        "behind_bytes": max(0, gen.size - gen.end),
-        "start_time_seconds": STARTED,
-        f'build_info{{version="{VERSION}",websockets="{websockets.version.version}"}}': 1,
-    }
-    lines, values = [], sorted({**now, **counted}.items())
-    for family, samples in itertools.groupby(values, lambda value: value[0].partition("{")[0]):
-        lines.append(f"# TYPE audit_stream_{family} {'counter' if family.endswith('_total') else 'gauge'}")
-        lines += [f"audit_stream_{name} {value}" for name, value in samples]
-    return "\n".join(lines) + "\n"
-
-
-# The doors
+# ---- 7 Access ------------------------------------------------------------------------------------
+# Who may come in, by token, Host and Origin, how often, and what is recorded of it. Owns the
+# tokens, the TLS context and the rate limits.
 
 HOST = re.compile(r"(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
 POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'; worker-src blob:; child-src blob:; connect-src 'self' {socket}"
+    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; worker-src blob:; child-src blob:; "
+    "connect-src 'self' {socket}"
 )  # Safari: child-src is worker-src before 15.5, and 'self' is no WebSocket before 15.4
-LOGIN = b"""<!DOCTYPE html>
+LOGIN_PAGE = b"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Audit Stream</title>
 <link rel="icon" href="data:,">
 <style>
-body { background: #07110b; color: #7ee8a0; font: 16px system-ui, sans-serif; max-width: 20em; margin: 20vh auto 0 }
-label, input, button, output { display: block; box-sizing: border-box; font: inherit; margin: 8px 0 }
-input, button { width: 100%; padding: 8px; color: #d5ffe2; background: #102018; border: 1px solid #2b4a38 }
-output { color: #ff8a80; min-height: 1.5em }
+body { background: #07110b; color: #7ee8a0; font: 16px system-ui, sans-serif }
+body { max-width: 20em; margin: 20vh auto 0 }
+label, input, button, output { display: block; box-sizing: border-box; font: inherit }
+input, button { width: 100%; padding: 8px; color: #d5ffe2; background: #102018 }
+input, button { border: 1px solid #2b4a38; margin: 8px 0 }
+output { color: #ff8a80; min-height: 1.5em; margin: 8px 0 }
 </style>
 <form>
 <h1>Audit Stream</h1>
@@ -1648,14 +3094,24 @@ output { color: #ff8a80; min-height: 1.5em }
 <output></output>
 </form>
 <script>
+const ANSWERS = {
+  401: 'That is not the token.',
+  403: 'The server does not answer under this name.',
+  429: 'Too many wrong tokens: wait a minute.',
+}
 document.forms[0].onsubmit = async function (event) {
   event.preventDefault()
   const said = document.querySelector('output')
-  const token = unescape(encodeURIComponent(document.getElementById('token').value.trim()))
+  const token = document.getElementById('token').value.trim()
+  const address = './?token=' + encodeURIComponent(token)
+  const headers = { Authorization: 'Bearer ' + unescape(encodeURIComponent(token)) }
   try {
-    const reply = await fetch('./', { headers: { Authorization: 'Bearer ' + token } })
+    const byAddress = 'address' in this.dataset
+    let reply = await (byAddress ? fetch(address) : fetch('./', { headers: headers }))
+    if (reply.status === 401 && !/^Bearer/.test(reply.headers.get('WWW-Authenticate')))
+      reply = await fetch(address)
     if (reply.ok) location.replace('./' + location.hash)
-    else said.textContent = reply.status === 429 ? 'Too many wrong tokens: wait a minute.' : 'That is not the token.'
+    else said.textContent = ANSWERS[reply.status] || 'The server answers ' + reply.status + '.'
   } catch (error) {
     said.textContent = 'The server does not answer.'
   }
@@ -1664,345 +3120,3160 @@ document.forms[0].onsubmit = async function (event) {
 """
 
 
-class Buckets:
-    """A token bucket for each of the last 10,000 clients: so many a minute, and as many at once; 0 is no limit."""
+class Token(NamedTuple):
+    """An access token, and who has it."""
 
-    def __init__(self, a_minute: int) -> None:
-        self.size = a_minute
-        self.levels: dict[str, tuple[float, float]] = {}
+    name: str  # in the access record; may be empty
+    secret: bytes
 
-    def take(self, client: str) -> None:
-        """Trouble 429 when there is none left."""
-        if not self.size:
+    def cookie(self, port: str) -> bytes:
+        """Return NAME=VALUE. The name tells logs with other tokens on the same host apart."""
+        mark = hmac.digest(self.secret, b"name", "sha256").hex()
+        value = hmac.digest(self.secret, b"value", "sha256").hex()
+        return f"audit_stream_{port}_{mark[:8]}={value}".encode()
+
+
+class Credential(NamedTuple):
+    """What a request came in with: nothing, or a token and the place it was found in."""
+
+    place: str = ""  # "header", "address" or "cookie"
+    token: Token | None = None
+
+
+class RateLimiter:
+    """A token bucket for each of the last 10,000 clients: so many a minute, and as many at once."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute  # 0: no limit
+        self.buckets: dict[str, tuple[float, float]] = {}  # what is left, and when that was
+
+    def acquire(self, client: str, cost: int = 1) -> None:
+        """Raises HTTPError 429 if there is not so much left."""
+        if not self.per_minute:
             return
+
         now = time.monotonic()
-        level, then = self.levels.pop(client, (self.size, now))
-        level = min(self.size, level + (now - then) * self.size / 60)
-        self.levels[client] = level - 1 if level >= 1 else level, now
-        if len(self.levels) > 10_000:
-            del self.levels[next(iter(self.levels))]
-        if level < 1:
-            raise Trouble(429, "too many requests", Retry_After=str(math.ceil((1 - level) * 60 / self.size)))
+        left, then = self.buckets.pop(client, (self.per_minute, now))
+        left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
+        cost = min(cost, self.per_minute)
+        granted = left >= cost
+        if granted:
+            left -= cost
+        self.buckets[client] = left, now
+        if len(self.buckets) > 10_000:
+            del self.buckets[next(iter(self.buckets))]
+
+        if not granted:
+            wait_s = math.ceil((cost - left) * 60 / self.per_minute)
+            raise HTTPError(429, "too many requests", Retry_After=str(wait_s))
 
 
-class Doors:
-    """Who may come in, by token, Host and Origin, and how often."""
+class AccessControl:
+    """Who may come in: by token, Host and Origin, and how often."""
 
-    def __init__(self, options: argparse.Namespace, token: bytes, page: bytes) -> None:
-        self.options, self.page, self.token = options, page, token  # no token: open
-        self.tls = tls_context(options) if options.tls_cert else None
-        self.answers, self.guesses = Buckets(options.rate_limit), Buckets(10)
-        self.names = {"localhost", socket.gethostname().lower(), options.host.lower(), *options.allow_host}
-        self.hashes = {kind: hashes(kind.encode(), page + LOGIN) for kind in ("script", "style")}
+    def __init__(self, options: Options, page: bytes) -> None:
+        self.options = options
+        self.tokens = read_tokens(options)  # none: open
+        self.generated = not self.tokens and not options.no_auth and not is_local(options.host)
+        if self.generated:
+            self.tokens = (Token("", secrets.token_urlsafe(24).encode()),)
+        self.tls = load_tls(options) if options.tls_cert else None
 
-    def receive(self, connection: ServerConnection, request: Request) -> Call:
-        """The last proxy's word counts where it is trusted."""
-        assert isinstance(connection, Connection)
-        address = ip((connection.remote_address or ("",))[0])
+        self.answers = RateLimiter(options.rate_limit)
+        self.foreign_answers = RateLimiter(options.rate_limit)
+        # All viewers of an office may come back at once, after each of a few restarts.
+        resumes = max(10 * options.rate_limit, options.max_viewers)
+        self.resumes = RateLimiter(resumes if options.rate_limit else 0)
+        self.guesses = RateLimiter(10)
+
+        names = ("localhost", socket.gethostname(), options.host, *options.allow_host)
+        self.names = {name.lower() for name in names}
+        self.hide_secrets()
+        kinds = ("script", "style")
+        self.hashes = {kind: csp_hashes(kind, page + LOGIN_PAGE) for kind in kinds}
+
+    def authorize(self, context: RequestContext) -> Credential:
+        """Return with what the client may come in. Raises HTTPError if it may not."""
+        check_headers(context)
+        if not context.upgrade:
+            self.count_answer(context)  # a WebSocket is counted once it is refused
+
+        if not self.is_own_name(context):
+            raise HTTPError(403, "this server is not open under that name; see --allow-host")
+        credential = self.check_token(context)
+
+        allowed = PROOF.get(context.path, "GET, HEAD")
+        if context.request.method not in allowed.split(", "):
+            raise HTTPError(405, f"only {allowed} is answered here", Allow=allowed)
+        self.check_origin(context)
+        if "since" in context.query:
+            self.count_resume(context)
+        return credential
+
+    def request_context(self, connection: Connection, request: Request) -> RequestContext:
+        """Take client, scheme and user from the last proxy's word if it is trusted."""
+        address = parse_ip((connection.remote_address or ("",))[0])
         scheme = "https" if self.tls else "http"
+        user = ""
+        if self.is_trusted_proxy(address):
+            address = parse_ip(last_value(request, "X-Forwarded-For")) or address
+            forwarded = last_value(request, "X-Forwarded-Proto").lower()
+            scheme = forwarded if forwarded in ("http", "https") else scheme
+            user = last_value(request, "X-Forwarded-User")[:200]
+        client = str(address)
+        if isinstance(address, ipaddress.IPv6Address):
+            client = str(ipaddress.ip_network((address, 64), strict=False))
+
+        path, _, query = request.path.partition("?")
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace")
+        offers = joined(request, "Upgrade").lower()
+        upgrade = path == "/ws/audit" and "websocket" in offers
+        host, port = parse_host(joined(request, "Host").lower(), scheme)
+        return RequestContext(
+            connection, request, path, dict(pairs), upgrade, client, scheme, host, port, user
+        )
+
+    def is_trusted_proxy(self, address: IPAddress | None) -> bool:
         trusted = self.options.trust_proxy
-        if address and (address.is_loopback if trusted == "loopback" else str(address) == trusted):
-            address = ip(last_of(request, "X-Forwarded-For")) or address
-            said = last_of(request, "X-Forwarded-Proto").lower()
-            scheme = said if said in ("http", "https") else scheme
-        client = ipaddress.ip_network((address, 64), strict=False) if address and address.version == 6 else address
-        path = request.path.partition("?")[0]
-        upgrade = path == "/ws/audit" and "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
-        host = ",".join(request.headers.get_all("Host")).lower()
-        match = HOST.fullmatch(host)
-        port = match and match[1] or ("443" if scheme == "https" else "80")
-        host = host if match and int(port) <= 65535 else ""
-        return Call(connection, request, path, upgrade, str(client), scheme, host, port)
+        if not address or not trusted:
+            return False
+        return address.is_loopback if trusted == "loopback" else str(address) == trusted
 
-    def check_host(self, call: Call) -> None:
-        """An open server answers under names that no other site can point at it (DNS rebinding)."""
-        name = call.host.removesuffix(f":{call.port}").strip("[]")
-        if not self.token and not ip(name) and name not in self.names:
-            raise Trouble(403, "this server is not open under that name; see --allow-host")
+    def count_answer(self, context: RequestContext) -> None:
+        """Count an answer. Other websites cannot use up what the user has: theirs count apart."""
+        marked = "cross-site" in context.request.headers.get_all("Sec-Fetch-Site")
+        own = not marked and self.is_own_origin(context) and self.is_own_name(context)
+        limiter = self.answers if own else self.foreign_answers
+        limiter.acquire(context.client)
 
-    def check_token(self, call: Call) -> str:
-        """Where the right token was: "header", "address", "cookie", or "" where none is needed."""
-        if not self.token or call.path == "/healthz":
-            return ""
-        scheme, _, bearer = call.request.headers.get("Authorization", "").strip().partition(" ")
-        offered = [("header", bearer.strip().encode("latin-1"))] if scheme.lower() == "bearer" else []
-        if call.path in ("/", "/ws/audit"):
-            offered += [("address", token) for token in tokens_in(call.request.path.partition("?")[2])]
-        for place, token in offered:
-            if hmac.compare_digest(token, self.token):
-                return place
-        ours = self.cookie(call).encode()
-        cookies = ";".join(call.request.headers.get_all("Cookie")).encode("latin-1").split(b";")
-        if any(hmac.compare_digest(cookie.strip(), ours) for cookie in cookies):
-            return "cookie"
+    def count_resume(self, context: RequestContext) -> None:
+        """Count a cursor. An honest one names up to three files; checking 64 takes a second."""
+        files = context.query["since"].count("~") + 1
+        self.resumes.acquire(context.client, 1 if files <= 3 else files**2)
+
+    def is_own_name(self, context: RequestContext) -> bool:
+        """Return False for a name that another site could point at an open server (rebinding)."""
+        name = context.host.removesuffix(f":{context.port}").strip("[]")
+        return bool(self.tokens) or name in self.names or parse_ip(name) is not None
+
+    def check_token(self, context: RequestContext) -> Credential:
+        """Return the token of the request. Raises HTTPError 401 or 429 if it has none."""
+        if not self.tokens or context.path == "/healthz":
+            return Credential()
+        offered = offered_tokens(context)
+        for place, secret in offered:
+            for token in self.tokens:
+                if hmac.compare_digest(secret, token.secret):
+                    return Credential(place, token)
+
+        if remembered := self.token_of_cookie(context):
+            return Credential("cookie", remembered)
         if offered:
-            self.guesses.take(call.client)
-        raise Trouble(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+            self.guesses.acquire(context.client)
+            record_access("refused", **context.who)
+        error = HTTPError(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+        if context.path == "/":
+            error.page = login_page(context)
+        raise error
 
-    def cookie(self, call: Call) -> str:
-        return f"audit_stream_{call.port}={hmac.new(self.token, b'audit_stream', 'sha256').hexdigest()}"
+    def token_of_cookie(self, context: RequestContext) -> Token | None:
+        cookies = joined(context.request, "Cookie", ";").encode("latin-1").split(b";")
+        for token in self.tokens:
+            ours = token.cookie(context.port)
+            if any(hmac.compare_digest(cookie.strip(), ours) for cookie in cookies):
+                return token
+        return None
 
-    def check_origin(self, call: Call) -> None:
-        """No other site's page opens the WebSocket, or makes a browser fetch anything but the page."""
-        if call.path == "/ws/audit":
-            own = f"{call.scheme}://{call.host}"
-            if origin_of(call.request.headers.get("Origin", own)) not in (origin_of(own), *self.options.allow_origin):
-                raise Trouble(403, "a page of another origin may not open this; see --allow-origin")
-        elif call.path != "/" and "cross-site" in call.request.headers.get_all("Sec-Fetch-Site"):
-            raise Trouble(403, "a page of another site may not have this")
+    def set_cookie(self, context: RequestContext, token: Token) -> str:
+        secure = "; Secure" if context.scheme == "https" else ""
+        cookie = token.cookie(context.port).decode()
+        return f"{cookie}; HttpOnly; SameSite=Lax; Path=/{secure}"
 
-    def seat(self, call: Call) -> Response:
-        """The library's answer to a handshake; what it refuses is Trouble like ours."""
-        if len(call.connection.viewers) >= self.options.max_viewers:
-            raise Trouble(503, "all places are taken", Retry_After="5")
-        response = call.connection.protocol.accept(call.request)
-        if response.status_code in (400, 403, 405, 426):
-            sentence = bytes(response.body).decode().partition("\n")[0]
-            kept = {name: response.headers[name] for name in ("Allow", "Upgrade") if name in response.headers}
-            raise Trouble(response.status_code, sentence, **kept)
-        if response.status_code == 101:
-            call.connection.viewers.add(call.connection)
-        return response
+    def check_origin(self, context: RequestContext) -> None:
+        """Raises HTTPError 403 for a page of another site, except for the page itself."""
+        sites = set(context.request.headers.get_all("Sec-Fetch-Site"))
+        changes = context.request.method == "POST"
+        if (changes or context.path == "/ws/audit") and not self.is_own_origin(context):
+            raise HTTPError(403, "a page of another origin may not do this; see --allow-origin")
+        if changes and not sites <= {"same-origin", "none"}:
+            raise HTTPError(403, "cross-site request refused")
+        if context.path not in ("/", "/ws/audit") and "cross-site" in sites:
+            raise HTTPError(403, "cross-site request refused")
 
-    def policy(self, call: Call) -> dict[str, str]:
-        """What browsers may do with an answer."""
-        address = f"{call.scheme.replace('http', 'ws')}://{call.host}" if call.host else ""
-        policy = {"Content-Security-Policy": POLICY.format(**self.hashes, socket=address).strip()}
-        return policy | ({"Strict-Transport-Security": "max-age=31536000"} if self.tls else {})
+    def is_own_origin(self, context: RequestContext) -> bool:
+        """Return True for the own page and for programs, which name no origin.
+
+        A page that was refused asks why over HTTP, and names its origin in the query.
+        """
+        own = normalize_origin(f"{context.scheme}://{context.host}")
+        default = own
+        if context.path == "/ws/audit":
+            default = context.query.get("origin", own)
+        named = normalize_origin(context.request.headers.get("Origin", default))
+        return named == own or named in self.options.allow_origin
+
+    def security_headers(self, context: RequestContext) -> dict[str, str]:
+        """Return what browsers may do with an answer."""
+        address = ""
+        if context.host:
+            address = f"{context.scheme.replace('http', 'ws')}://{context.host}"
+        headers = {"Content-Security-Policy": POLICY.format(**self.hashes, socket=address).strip()}
+        if self.tls:
+            headers["Strict-Transport-Security"] = "max-age=31536000"
+        return headers
+
+    def hide_secrets(self) -> None:
+        """Let token, certificate and key never be served as a log, whatever links to them."""
+        paths = (token_path(self.options), self.options.tls_key, self.options.tls_cert)
+        secret_files.update(file_identity(path) for path in paths if path)
+
+    async def reload(self, viewers: Iterable[Connection]) -> None:
+        """Read certificate and tokens again; what cannot be used leaves everything as it is."""
+        try:
+            if self.tls:
+                load_tls(self.options)  # a failure must not touch the live one
+                load_certificate(self.tls, self.options)
+        except OSError as error:
+            sentence = "the certificate stays as it is: %s: %s"
+            logger.warning(sentence, error.filename, error.strerror)
+
+        try:
+            # There may be none: it was generated, or the credential is gone.
+            self.tokens = read_tokens(self.options) or self.tokens
+        except OSError as error:
+            sentence = "the access token stays as it is: %s: %s"
+            logger.warning(sentence, error.filename, error.strerror)
+
+        self.hide_secrets()
+        valid = {token.secret for token in self.tokens} or {b""}
+        lost = [viewer for viewer in viewers if viewer.token not in valid]
+        closing = [viewer.close(1008, "the access token was changed") for viewer in lost]
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
-def hashes(kind: bytes, pages: bytes) -> str:
-    """Of the scripts or styles that may run (CSP 3, section 6.7)."""
-    texts = re.findall(rb"<%b>(.*?)</%b>" % (kind, kind), pages, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
+def check_headers(context: RequestContext) -> None:
+    """Raises HTTPError 400 for what can be read in two ways (RFC 9110, 5.3; RFC 9112, 3.2)."""
+    for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
+        if len(context.request.headers.get_all(name)) > 1:
+            raise HTTPError(400, f"duplicate {name} header")
+    if not context.host:
+        raise HTTPError(400, "the Host header is missing or malformed")
 
 
-def last_of(request: Request, name: str) -> str:
-    return ",".join(request.headers.get_all(name)).rpartition(",")[2].strip()
+def offered_tokens(context: RequestContext) -> list[tuple[str, bytes]]:
+    """Return the tokens of a request that may be right or wrong, each with its place."""
+    header = context.request.headers.get("Authorization", "").strip()
+    scheme, _, bearer = header.partition(" ")
+    offered = []
+    if scheme.lower() == "bearer":
+        offered.append(("header", bearer.strip().encode("latin-1")))
+
+    if context.path in ("/", "/ws/audit"):
+        query = context.request.path.partition("?")[2]
+        for text in (query, query.replace("+", "%2B")):  # a plus sign is a space, or one
+            fields = urllib.parse.parse_qs(text, True, encoding="latin-1")
+            tokens = [token.encode("latin-1") for token in fields.get("token", [])]
+            offered += [("address", token) for token in tokens]
+    return offered
 
 
-def ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Without a scope, and IPv4 as such (RFC 4291, section 2.5.5.2); None for what is no address."""
+def login_page(context: RequestContext) -> bytes:
+    """Return the form; behind a proxy that wants Authorization for itself it uses the address."""
+    if context.request.headers.get("Authorization", "bearer").lower().startswith("bearer"):
+        return LOGIN_PAGE
+    return LOGIN_PAGE.replace(b"<form>", b"<form data-address>")
+
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def parse_ip(text: str) -> IPAddress | None:
+    """Return an address without its scope, IPv4 as such (RFC 4291, 2.5.5.2); None if it is none."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(text.partition("%")[0])
         return getattr(address, "ipv4_mapped", None) or address
     return None
 
 
-def tokens_in(query: str) -> list[bytes]:
-    """The values of ?token=; a plus sign is one, or a space."""
-    ways = (urllib.parse.parse_qs(text, True, encoding="latin-1") for text in (query, query.replace("+", "%2B")))
-    return [token.encode("latin-1") for parameters in ways for token in parameters.get("token", [])]
+def is_local(host: str) -> bool:
+    address = parse_ip(host)
+    return host == "localhost" or bool(address and address.is_loopback)
 
 
-def origin_of(text: str) -> str:
-    """As browsers write it (RFC 6454, section 6.2), without the default port."""
+def parse_host(text: str, scheme: str) -> tuple[str, str]:
+    """Return the host and its port; the host is empty if it is malformed."""
+    match = HOST.fullmatch(text)
+    port = "443" if scheme == "https" else "80"
+    if match and match[1]:
+        port = match[1]
+    return (text if match and int(port) <= 65535 else ""), port
+
+
+def joined(request: Request, name: str, separator: str = ",") -> str:
+    """Return all values of a header as one."""
+    return separator.join(request.headers.get_all(name))
+
+
+def last_value(request: Request, name: str) -> str:
+    """Return what the last proxy says in this header."""
+    return joined(request, name).rpartition(",")[2].strip()
+
+
+def normalize_origin(text: str) -> str:
+    """Return an origin as browsers write it, without the default port (RFC 6454, 6.2)."""
     scheme, _, host = text.lower().partition("://")
-    return f"{scheme}://{host.removesuffix(':443' if scheme == 'https' else ':80')}"
+    default = ":443" if scheme == "https" else ":80"
+    return f"{scheme}://{host.removesuffix(default)}"
 
 
-def read_token(options: argparse.Namespace) -> bytes:
-    """From the file, the environment or systemd's credentials; b"" where there is none; OSError for a bad one."""
-    path, token = options.token_file, os.environb.get(b"AUDIT_STREAM_TOKEN")
-    if not path and token is None and (folder := os.environ.get("CREDENTIALS_DIRECTORY")):
-        credential = os.path.join(folder, "token")
-        path = credential if os.path.lexists(credential) else None  # one that cannot be read must not open the server
-    if options.no_auth or not path and token is None:
-        return b""
-    token = (Path(path).read_bytes() if path else token or b"").strip()
-    if not token:
-        raise OSError(errno.EINVAL, "the access token is empty", path or "AUDIT_STREAM_TOKEN")
-    if len(token) < 16:
+def csp_hashes(kind: str, pages: bytes) -> str:
+    """Return the hashes of the scripts or styles that may run (CSP 3, 6.7)."""
+    texts = re.findall(rf"<{kind}>(.*?)</{kind}>".encode(), pages, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text).digest()) for text in texts]
+    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+
+
+def token_path(options: Options) -> str | None:
+    """Return the file of the tokens; None if there is none, or they are in the environment."""
+    if options.token_file or b"AUDIT_STREAM_TOKEN" in os.environb:
+        return options.token_file
+    if folder := os.environ.get("CREDENTIALS_DIRECTORY"):
+        path = os.path.join(folder, "token")
+        if os.path.lexists(path):  # one that cannot be read must not open the server
+            return path
+    return None
+
+
+def read_tokens(options: Options) -> tuple[Token, ...]:
+    """Return the access tokens, none if none are given. Raises OSError for bad ones."""
+    path = token_path(options)
+    text = os.environb.get(b"AUDIT_STREAM_TOKEN")
+    if path and not options.no_auth:
+        text = Path(path).read_bytes()
+    if text is None or options.no_auth:
+        return ()
+
+    tokens = []
+    for line in text.splitlines():
+        *names, secret = line.rsplit(None, 1) or [b""]
+        if secret:
+            name = b"".join(names).strip().decode(errors="replace")
+            tokens.append(Token(name, secret))
+    source = path or "AUDIT_STREAM_TOKEN"
+    if not tokens:
+        raise OSError(errno.EINVAL, "the access token is empty", source)
+    if any(len(token.secret) < 16 for token in tokens):
         logger.warning("the access token is shorter than 16 characters")
-    return token
+    return tuple(tokens)
 
 
-def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
-    """TLS 1.2 or newer; OSError (which SSLError is) when certificate and key cannot be used."""
+def load_tls(options: Options) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 or newer. Raises OSError if the files cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     load_certificate(context, options)
     return context
 
 
-def load_certificate(context: ssl.SSLContext, options: argparse.Namespace) -> None:
-    for path in (options.tls_cert, options.tls_key):
-        open(path, "rb").close()  # so that the error names the one that cannot be read
+def load_certificate(context: ssl.SSLContext, options: Options) -> None:
+    cert, key = options.tls_cert, options.tls_key
+    assert cert and key
+    for path in (cert, key):
+        open(path, "rb").close()  # so that the error names the file that cannot be read
     try:
-        context.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+        context.load_cert_chain(cert, key, password=lambda: b"")
     except ssl.SSLError as error:
-        why = "is not for that key" if error.reason == "KEY_VALUES_MISMATCH" else "or its key cannot be used"
-        raise OSError(errno.EINVAL, f"certificate {why} ({error.reason or error})", options.tls_cert) from error
+        why = f"or its key cannot be used ({error.reason or error})"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            why = "is not for that key"
+        raise OSError(errno.EINVAL, f"certificate {why}", cert) from error
 
 
-# Running
+PLAIN_VALUE = re.compile(r"[\w.:/@+~-]+", re.ASCII)
 
 
-async def follow(log: Log, viewers: Viewers) -> None:
-    """The loop for all viewers: check the size, read what is new once, broadcast it."""
-    watch = Watch()
-    while True:
-        watch.arm(log.folders())  # before the check, so that nothing falls between
-        while await log.check():
-            viewers.advance()
+def record_access(event: str, **fields: object) -> None:
+    """Write one line of the access record: who came, left, looked for something or was refused.
+
+    Never a token, never log content.
+    """
+    words = [f"event={event}"]
+    for name, value in fields.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if name in ("query", "detail") or not PLAIN_VALUE.fullmatch(text):
+            text = json.dumps(text)
+        if value not in ("", None):
+            words.append(f"{name}={text}")
+    logger.info("access %s", " ".join(words))
+
+
+# ---- 8 History -----------------------------------------------------------------------------------
+# Answers questions about a whole file, the log or a rotated one: ranges, search, counts, times.
+# Owns the places of searches and scans, and the threads that feed greps and read what they find.
+
+FEED_BYTES = 256 * KIB  # one read of the log, on its way to grep
+MAX_LINE = MIB  # longer lines are not searched: grep would hold them in memory
+MAX_MATCH_TEXT, MAX_ANSWER_TEXT = 16 * KIB, MIB
+SEARCH_S = 3.0  # of one call
+FIRST_PIECE_S = 5.0  # a search that does not get through its first piece is too expensive
+SEARCH_BYTES = 256 * MIB  # of one call
+# Each for one grep, the newest first: a frequent word costs no more than the first one.
+PIECES_BYTES = [MIB, 4 * MIB, 16 * MIB, *[32 * MIB] * 8]
+MAX_INPUTS = 32  # pipes to one grep
+SCAN_S = 5.0
+TIMES_BYTES = 64 * KIB
+
+ByteRange = tuple[int, int]
+Answer = dict[str, Any]
+Query = dict[str, str]
+Edges = list[int]  # of adjacent ranges, the end of the newest one first
+Stretch = list[int]  # its start, its end, how many lines match
+Fed = list[ByteRange]  # of the file, what a grep got: it counts only these bytes
+Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
+Process = subprocess.Popen[bytes]
+Lines = Iterator[tuple[int, bytes]]  # where they begin, and many at a time
+Work = Callable[..., T]
+
+
+class History:
+    """Answers about whole files: two searches at a time, each with a grep on every core."""
+
+    def __init__(self, zone: datetime.tzinfo) -> None:
+        self.zone = zone
+        self.cores = min(8, usable_cores())
+        self.search_places, self.scan_places = asyncio.Semaphore(2), asyncio.Semaphore(2)
+        # For each grep one thread feeds and one reads.
+        self.threads = concurrent.futures.ThreadPoolExecutor(4 * self.cores, "search")
+
+    async def respond(self, file: LogFile, context: RequestContext) -> Response:
+        """Answer a question about this file, unless the client means another generation."""
+        etag = f'"{file.name}"'
+        try:
+            check_if_match(context.request, etag)
+            if context.path == "/api/audit":
+                response = await range_response(file, context.request.headers.get("Range", ""))
+            else:
+                answer = await self.answer(file, context)
+                response = make_response(200, json.dumps(answer, ensure_ascii=False).encode(), JSON)
+        except HTTPError as error:
+            response = error_response(context.path, error)
+        except OSError as error:
+            failure = HTTPError(503, f"the log cannot be read: {error.strerror}")
+            response = error_response(context.path, failure)
+
+        response.headers["ETag"] = etag
+        return response
+
+    async def answer(self, file: LogFile, context: RequestContext) -> Answer:
+        query = context.query
+        if context.path == "/api/search":
+            return await self.search(file, query)
+        if context.path == "/api/counts":
+            return await self.count(file, query)
+        if context.path == "/api/timeline":
+            points = int_parameter(query, "points", 200, 1, 2000)
+            return await self.scan(timeline, file, points, self.zone)
+        return await self.scan(seek, file, wanted_time(query, self.zone), self.zone)
+
+    async def scan(self, work: Work[T], *args: Any) -> T:
+        try:
+            async with asyncio.timeout(SCAN_S), self.scan_places:
+                return await run_in_thread(work, *args)
+        except TimeoutError:
+            raise HTTPError(422, "too few lines of the log have a time") from None
+
+    async def search(self, file: LogFile, query: Query) -> Answer:
+        """Return the newest matching lines, and how far the search came. Raises HTTPError."""
+        limit = int_parameter(query, "limit", 200, 1, 1000)
+        search = await self.prepare(file, query, "-abP")
+        edges = await self.in_pool(line_starts, search, piece_ends(search.before))
+        pieces = [[end, start] for end, start in itertools.pairwise(edges)]
+
+        done = await self.grep(search, pieces, limit, functools.partial(read_matches, limit))
+        found = [match for piece in reversed(done) for match in piece.found][-limit:]
+        matches = await self.in_pool(match_texts, file, found)
+
+        start = done[-1].start if done else edges[0]
+        if len(found) == limit or len(matches) < len(found):
+            start = matches[0]["start"]
+        return {"matches": matches, **coverage(search, done, start, edges[0])}
+
+    async def count(self, file: LogFile, query: Query) -> Answer:
+        """Return how many lines of each stretch match, and how far it came. Raises HTTPError."""
+        number = int_parameter(query, "stretches", 200, 1, 400)
+        search = await self.prepare(file, query, "-achP")
+        # A stretch that is larger than a piece is counted in parts.
+        parts = 1 + search.size // number // PIECES_BYTES[-1]
+        edges = await self.in_pool(stretch_edges, search, number, parts)
+
+        done = await self.grep(search, group_edges(edges), math.inf, read_counts)
+        start = done[-1].start if done else edges[0]
+        counts = [matches for piece in done for matches in reversed(piece.found)]
+        counted = zip(itertools.pairwise(edges), counts, strict=False)
+        parts_counted = [[low, high, matches] for (high, low), matches in counted]
+        stretches = merge_parts(search.size, number, parts_counted)
+        return {"stretches": stretches, **coverage(search, done, start, edges[0])}
+
+    async def prepare(self, file: LogFile, query: Query, options: str) -> Search:
+        """Return what a query asks for, and how grep answers it. Raises HTTPError."""
+        size = file.size
+        before = min(size, int_parameter(query, "before", size, 0, 1 << 62))
+        if query.get("case") != "1":
+            options += "i"
+        pattern = await self.in_pool(grep_pattern, file, query.get("q", ""), options)
+        return Search(file, size, before, pattern)
+
+    async def grep(
+        self, search: Search, pieces: list[Edges], enough: float, read: Reader
+    ) -> list[Piece]:
+        """Return the pieces that were searched, the newest first. Raises HTTPError."""
+        try:
+            await asyncio.wait_for(self.search_places.acquire(), 3)
+        except TimeoutError:
+            raise HTTPError(503, "too many searches at a time", Retry_After="3") from None
+
+        counters["searches_total"] += 1
+        begun = time.monotonic()
+        waiting = collections.deque(pieces)
+        running: collections.deque[asyncio.Task[Piece]] = collections.deque()
+        done: list[Piece] = []
+        try:
+            while (waiting or running) and sum(len(piece.found) for piece in done) < enough:
+                # The first piece is searched alone: often that is enough, or already too much.
+                while waiting and len(running) < (self.cores if done else 1):
+                    work = self.grep_piece(search, waiting.popleft(), read)
+                    running.append(asyncio.create_task(work))
+
+                limit_s = SEARCH_S if done else FIRST_PIECE_S
+                await asyncio.wait([running[0]], timeout=begun + limit_s - time.monotonic())
+                if not running[0].done():
+                    break
+                done.append(running.popleft().result())
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            self.search_places.release()
+
+        if pieces and not done:
+            raise HTTPError(422, TOO_EXPENSIVE)
+        return done
+
+    async def grep_piece(self, search: Search, edges: Edges, read: Reader) -> Piece:
+        """Search the lines between these offsets. Raises HTTPError."""
+        process, pipes = start_grep(search.pattern, len(edges) - 1)
+        assert process.stdout
+        fed: Fed = []
+        # Each thread owns ends of pipes and closes them; ending the process is what ends both.
+        feeding = self.in_pool(feed_grep, search, edges, pipes, fed)
+        reading = self.in_pool(read, process.stdout, fed)
+        try:
+            await asyncio.wait([feeding, reading])
+        except asyncio.CancelledError:
+            process.kill()
+            await asyncio.wait([feeding, reading])
+            raise
+        finally:
+            process.wait()
+
+        if process.returncode not in (0, 1):  # 2: the limits of PCRE, or no PCRE; negative: ours
+            raise await self.in_pool(grep_failure)
+        feeding.result()
+        return Piece(edges[-1], fed, reading.result())
+
+    def in_pool(self, work: Work[T], *args: Any) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self.threads, work, *args)
+
+
+def usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def check_if_match(request: Request, etag: str) -> None:
+    wanted = request.headers.get("If-Match", "*").split(",")
+    if not {"*", etag} & {tag.strip() for tag in wanted}:
+        raise HTTPError(412, "the log has been replaced since (If-Match)")
+
+
+# Ranges
+
+
+async def range_response(file: LogFile, header: str) -> Response:
+    """Return the latest lines, or at most 1 MiB of the range (RFC 9110, 14). Raises HTTPError."""
+    if not header.lower().startswith("bytes="):
+        body = await asyncio.to_thread(latest_lines, file)
+        return make_response(200, body, TEXT, Accept_Ranges="bytes")
+
+    size = file.size
+    start, end = requested_range(header, size)
+    if start >= end:
+        content_range = f"bytes */{size}"
+        raise HTTPError(416, "no such range", Accept_Ranges="bytes", Content_Range=content_range)
+    body = await asyncio.to_thread(file.read_bytes, start, min(end, start + MIB))
+    content_range = f"bytes {start}-{start + len(body) - 1}/{size}"
+    return make_response(206, body, TEXT, Accept_Ranges="bytes", Content_Range=content_range)
+
+
+def requested_range(header: str, size: int) -> ByteRange:
+    """Return the range that the header asks for, an empty one if there is none."""
+    match = re.fullmatch(r"bytes=[ \t]*(\d{0,4000})-(\d{0,4000})[ \t]*", header, re.A | re.I)
+    first, last = match.groups() if match else ("", "")
+    if not first:
+        return max(0, size - int(last or 0)), size
+    return int(first), min(int(last) + 1, size) if last else size
+
+
+def latest_lines(file: LogFile) -> bytes:
+    end = file.complete_end()
+    return file.read_bytes(file.line_start(end, 64 * KIB), end)
+
+
+# Search: pieces of the file through greps
+
+TOO_EXPENSIVE = "the search is too expensive: simplify it"
+
+
+class Pattern(NamedTuple):
+    """What grep looks for, and whether invalid UTF-8 could hide it."""
+
+    options: str
+    pcre: bytes
+    needs_valid_utf8: bool
+
+
+class Search(NamedTuple):
+    """What a call asks for: the file as long as it is now, from `before` backwards."""
+
+    file: LogFile
+    size: int
+    before: int
+    pattern: Pattern
+
+
+class Piece(NamedTuple):
+    """What one grep found in the lines from `start` on, and which ranges it was fed."""
+
+    start: int
+    fed: Fed
+    found: Any
+
+
+def grep_pattern(file: LogFile, query: str, options: str) -> Pattern:
+    """Return what grep has to look for. Raises HTTPError."""
+    terms = parse_query(query)
+    if encoding := utf16_name(file.read_bytes(0, FINGERPRINT_BYTES)):
+        raise HTTPError(422, f"the log is {encoding}: only UTF-8 can be searched")
+
+    first = terms[0]
+    if len(terms) > 1 or first.exclude:
+        each = (f"(?{'!' if term.exclude else '='}.*(?:{term.pattern}))" for term in terms)
+        return Pattern(options, f"^{''.join(each)}".encode(), True)
+
+    # Plain text cannot match inside invalid bytes, so they can stay.
+    spans_invalid = first.text is None or "\ufffd" in first.text
+    return Pattern(options, first.pattern.encode(), spans_invalid)
+
+
+def piece_ends(before: int) -> list[int]:
+    """Return where pieces end and begin, the newest first: at most SEARCH_BYTES."""
+    ends = [before - back for back in itertools.accumulate(PIECES_BYTES, initial=0)]
+    return [max(0, end, before - SEARCH_BYTES) for end in ends]
+
+
+def stretch_edges(search: Search, number: int, parts: int) -> Edges:
+    """Return where the parts of stretches end and begin: at most SEARCH_BYTES."""
+    total = number * parts
+    borders = (-(-search.size * n // total) for n in range(total))
+    lowest = search.before - SEARCH_BYTES
+    inner = [border for border in borders if lowest <= border < search.before]
+    return line_starts(search, [search.before, *inner])
+
+
+def group_edges(edges: Edges) -> list[Edges]:
+    """Return pieces, as large as those of a search, that end and begin at these edges."""
+    pieces = [edges[:1]]
+    sizes = itertools.chain(PIECES_BYTES, itertools.repeat(PIECES_BYTES[-1]))
+    enough = next(sizes)
+    for edge in edges[1:]:
+        piece = pieces[-1]
+        if piece[0] - piece[-1] >= enough or len(piece) > MAX_INPUTS:
+            pieces.append(piece[-1:])
+            enough = next(sizes)
+        pieces[-1].append(edge)
+    return pieces if len(edges) > 1 else []
+
+
+def merge_parts(size: int, number: int, parts: list[Stretch]) -> list[Stretch]:
+    """Return the stretches of which these parts were counted, the newest first."""
+    stretches: list[Stretch] = []
+    last = -1
+    for start, end, matches in parts:
+        # A part begins in the line that holds its border: its last byte is behind that.
+        stretch = (end - 1) * number // size
+        if stretch != last:
+            stretches.append([end, end, 0])
+        stretches[-1][0] = start
+        stretches[-1][2] += matches
+        last = stretch
+    return stretches
+
+
+def line_starts(search: Search, offsets: list[int]) -> Edges:
+    """Return the last line starts at or before these offsets, each once, the newest first."""
+    starts = {line_before(search.file, offset, search.size) for offset in offsets}
+    return sorted(starts, reverse=True)
+
+
+def line_before(file: LogFile, offset: int, size: int) -> int:
+    """Return the last line start at or before offset; offset itself in a line over 1 MiB."""
+    if not 0 < offset < size:
+        return offset
+    for most in (4 * KIB, MAX_LINE + 1):
+        low = max(0, offset - most)
+        line = file.read_bytes(low, offset).rfind(b"\n") + 1
+        if line or not low:
+            return low + line
+    return offset
+
+
+def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answer:
+    """Return what an answer says about how far it came, and what was not searched."""
+    skipped = []
+    at = start
+    fed = [one for piece in reversed(pieces) for one in piece.fed]
+    for low, high in [*fed, (end, end)]:
+        if at < low:
+            skipped.append((at, low))
+        at = max(at, high)
+
+    covered: Answer = {"scanned": (start, end), "size": search.size}
+    return covered | {"skipped": skipped} if skipped else covered
+
+
+def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
+    """Start a grep that reads its pattern, unseen by a process list, and lines from pipes."""
+    pipes: list[tuple[int, int]] = []
+    try:
+        while len(pipes) < 1 + inputs:
+            pipes.append(os.pipe())
+        child_ends = [child_end for child_end, _ in pipes]
+        files = [f"/dev/fd/{child_end}" for child_end in child_ends]
+        process = subprocess.Popen(
+            ["grep", pattern.options, "-f", *files],
+            bufsize=FEED_BYTES,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=child_ends,
+            env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)},
+        )
+    except OSError as error:
+        for _, our_end in pipes:
+            os.close(our_end)
+        if isinstance(error, FileNotFoundError):
+            raise HTTPError(501, NO_PCRE) from None
+        raise HTTPError(503, f"no search can be started: {error.strerror}") from None
+    finally:
+        for child_end, _ in pipes:
+            os.close(child_end)
+
+    limit_child(process.pid)
+    return process, [our_end for _, our_end in pipes]
+
+
+def limit_child(pid: int) -> None:
+    """Let grep end even if the server does not live to end it, and let the stream go first."""
+    with contextlib.suppress(OSError):
+        if hasattr(resource, "prlimit"):  # not on macOS
+            resource.prlimit(pid, resource.RLIMIT_AS, (512 * MIB, 512 * MIB))
+            resource.prlimit(pid, resource.RLIMIT_CPU, (10, 10))
+        os.setpriority(os.PRIO_PROCESS, pid, 10)
+
+
+NO_PCRE = "a search needs GNU grep with -P on this server: install the package grep"
+
+
+def grep_failure() -> HTTPError:
+    """Return why a grep failed: it was too much for it, or it knows no -P."""
+    quiet = subprocess.DEVNULL
+    with contextlib.suppress(OSError):
+        command = ["grep", "-abP", "x"]
+        trial = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet)
+        if trial.returncode != 1:
+            return HTTPError(501, NO_PCRE)
+    return HTTPError(422, TOO_EXPENSIVE)
+
+
+def feed_grep(search: Search, edges: Edges, pipes: list[int], fed: Fed) -> None:
+    """Write the pattern, and each range into its pipe; note in `fed` which bytes these are."""
+    mends = search.pattern.needs_valid_utf8
+    with contextlib.ExitStack() as stack, contextlib.suppress(BrokenPipeError):
+        files = [stack.enter_context(open(pipe, "wb", buffering=0)) for pipe in pipes]
+        files[0].write(search.pattern.pcre)
+        files[0].close()
+
+        for start, end in itertools.pairwise(reversed(edges)):
+            file = files.pop(1)
+            for at, data in whole_lines(search, start, end):
+                first = fed.pop()[0] if fed and fed[-1][1] == at else at
+                fed.append((first, at + len(data)))
+                file.write(replace_invalid_utf8(data) if mends else data)
+            file.close()
+
+
+def whole_lines(search: Search, start: int, end: int) -> Lines:
+    """Yield offset and bytes of many lines at a time, without those over 1 MiB, and holes."""
+    file, size = search.file, search.size
+    at = next_line(file, start - 1, end) if start else 0
+    while at < end:
+        for most in (FEED_BYTES, MAX_LINE + 1):
+            data = file.read_data(at, min(end, at + most))
+            length = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
+            if length or len(data) < most:
+                break
+
+        if length:
+            yield at, data[:length]
+        at = at + length if length else next_line(file, at, end)
+
+
+def next_line(file: LogFile, at: int, end: int) -> int:
+    """Return the offset behind the next newline, or behind the next hole."""
+    while at < end:
+        data = file.read_data(at, min(end, at + MIB))
+        if not data:
+            return min(end, file.next_data(at) or end)
+        if line := data.find(b"\n") + 1:
+            return at + line
+        at += len(data)
+    return end
+
+
+def replace_invalid_utf8(data: bytes) -> bytes:
+    """Return valid UTF-8 of the same length: PCRE matches no further than invalid bytes."""
+    at = len(data) if data.isascii() else 0
+    try:
+        while at < len(data):  # chunks that fit into the processor's cache: twice as fast
+            chunk = data[at : at + 64 * KIB]
+            at += codecs.utf_8_decode(chunk, "strict", at + len(chunk) == len(data))[1]
+        return data
+    except UnicodeDecodeError:
+        return data.decode(errors="audit_stream.stand_in").encode()
+
+
+def stand_in(error: UnicodeError) -> tuple[str, int]:
+    """Return a character as long as the invalid bytes, and neither letter nor space."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\x1a\x9f\ufffd"[error.end - error.start - 1], error.end
+
+
+codecs.register_error("audit_stream.stand_in", stand_in)
+
+
+def read_matches(most: int, pipe: IO[bytes], fed: Fed) -> list[ByteRange]:
+    """Return the ranges of the last lines that grep found."""
+    with pipe:
+        lines = (line.partition(b":") for line in pipe)  # at most 1 MiB each, as they were fed
+        matches = ((int(offset), len(line)) for offset, _, line in lines)
+        last = collections.deque(matches, most)
+    return [matched_range(fed, *match) for match in last]
+
+
+def matched_range(fed: Fed, offset: int, length: int) -> ByteRange:
+    start = file_offset(fed, offset)
+    return start, min(start + length, fed[-1][1])  # grep ends the last line if nobody did
+
+
+def read_counts(pipe: IO[bytes], _: Fed) -> list[int]:
+    """Return how many lines grep counted in each range, the oldest first."""
+    with pipe:
+        return [int(line) for line in pipe]
+
+
+def file_offset(fed: Fed, offset: int) -> int:
+    """Return where in the file the byte is that grep got at an offset of its own."""
+    for start, end in fed:
+        if offset < end - start:
+            return start + offset
+        offset -= end - start
+    raise AssertionError("grep found what it was not given")
+
+
+def match_texts(file: LogFile, found: list[ByteRange]) -> list[Answer]:
+    """Return the last of these lines, 1 MiB of text or little more, each with its first 16 KiB."""
+    matches: list[Answer] = []
+    left = MAX_ANSWER_TEXT
+    for start, end in reversed(found):
+        if left <= 0:
+            break
+        data = file.read_bytes(start, min(end, start + MAX_MATCH_TEXT + 1)).removesuffix(b"\n")
+        text = data[:MAX_MATCH_TEXT]
+        cut = whole_characters(text) if end - start > MAX_MATCH_TEXT else len(text)
+        decoded = text[:cut].decode(errors="replace")
+        matches.append({"start": start, "end": end, "text": decoded})
+        left -= len(text)
+    return matches[::-1]
+
+
+# Encodings: what is not UTF-8 is searched as far as it is ASCII, UTF-16 not at all
+
+UTF16 = (
+    ("UTF-16 (little-endian)", codecs.BOM_UTF16_LE, 1),
+    ("UTF-16 (big-endian)", codecs.BOM_UTF16_BE, 0),
+)
+
+
+def encoding_of(file: LogFile) -> str | None:
+    """Return in a few words what a log that is not UTF-8 probably is. Raises OSError."""
+    size = file.size
+    if name := utf16_name(file.read_bytes(0, FINGERPRINT_BYTES)):
+        return name
+
+    lines: list[bytes] = []
+    for at in range(0, size, max(FINGERPRINT_BYTES, size // 16)):
+        block = file.read_bytes(at, min(size, at + FINGERPRINT_BYTES)).split(b"\n")
+        lines += block[bool(at) : -1]
+    invalid = [line for line in lines if not is_utf8(line)]
+    if 100 * len(invalid) < len(lines) or not invalid:
+        return None
+
+    foreign = re.findall(rb"[\x80-\xff]+", b"\n".join(invalid))
+    single = sum(len(letters) == 1 for letters in foreign)
+    kind = "Latin-1 or Windows-1252" if 2 * single > len(foreign) else "another encoding"
+    percent = 100 * len(invalid) // len(lines)
+    return f"not UTF-8 in {percent} % of its lines, perhaps {kind}"
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return bool(data.decode() or True)
+    except UnicodeDecodeError:
+        return False
+
+
+def utf16_name(head: bytes) -> str:
+    """Return what a log is that begins like UTF-16: with its mark, or letters beside NULs."""
+    for name, mark, high in UTF16:
+        nuls = head[high::2].count(0)
+        others = head[1 - high :: 2].count(0)
+        if head.startswith(mark) or nuls > len(head) // 4 + 8 * others:
+            return name
+    return ""
+
+
+# Times of lines
+
+
+def wanted_time(query: Query, zone: datetime.tzinfo) -> float:
+    wanted = parse_moment(query.get("time", ""), zone)
+    if wanted is None:
+        raise HTTPError(400, "time must be a date and time like 2025-12-17T17:40:37Z")
+    return wanted
+
+
+def timeline(
+    file: LogFile, points: int, zone: datetime.tzinfo, cancelled: threading.Event
+) -> Answer:
+    """Return the times of lines that are spread evenly over the file."""
+    size = file.size
+    wanted = (size * n // points for n in range(points) if size and not cancelled.is_set())
+    offsets = sorted({line_before(file, offset, size) for offset in wanted})
+    time_format = detect_time_format(file, zone)
+    if not time_format:
+        return {"size": size, "format": None, "points": [(at, None) for at in offsets]}
+
+    known = []
+    for at in offsets:
+        time_s = time_format.time_of(file.read_bytes(at, at + HEAD_BYTES), at)
+        if time_s is not None:
+            known.append((at, time_s))
+    times = dict(plausible_times(known, time.time()))
+    return {
+        "size": size,
+        "format": time_format.name,
+        "points": [(at, times.get(at)) for at in offsets],
+    }
+
+
+def seek(
+    file: LogFile, wanted_s: float, zone: datetime.tzinfo, cancelled: threading.Event
+) -> Answer:
+    """Find the first line at or after a time, by bisection. Raises HTTPError if no line has one."""
+    time_format = detect_time_format(file, zone)
+    if not time_format:
+        raise HTTPError(422, "no line of the log has a time that is known")
+
+    now_s = time.time()
+    low, high = 0, file.size
+    found: tuple[int, float | None] = high, None
+    while high - low > TIMES_BYTES:
+        middle = (low + high) // 2
+        lines = timed_lines(file, time_format, middle, high, cancelled)
+        some = plausible_times(list(itertools.islice(lines, 8)), now_s)
+        # The first one has no neighbour before it here: if it is ahead of the second one, it leaps.
+        line = min(some[:2], key=lambda line: line[1], default=None)
+        if line and line[1] < wanted_s:
+            low = line[0]
+        else:
+            high, found = middle, line or found
+
+    # A little further, so that the last line has its neighbours too.
+    lines = timed_lines(file, time_format, low, high + 4 * KIB, cancelled)
+    for at, time_s in plausible_times(list(lines), now_s):
+        if time_s >= wanted_s and at < high:
+            found = at, time_s
+            break
+    return {"offset": found[0], "time": found[1]}
+
+
+def timed_lines(
+    file: LogFile, time_format: TimeFormat, start: int, end: int, cancelled: threading.Event
+) -> Iterator[tuple[int, float]]:
+    """Yield offset and time of the lines that begin from start to end."""
+    size = file.size
+    at = next_line(file, start - 1, end) if start else 0
+    while at < min(end, size) and not cancelled.is_set():
+        data = file.read_data(at, min(size, at + TIMES_BYTES))
+        length = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
+        for line, time_s in time_format.times_in(data[:length] or data, at):
+            if at + line < end:
+                yield at + line, time_s
+        at = at + length if length else next_line(file, at, end)
+
+
+# The whole past: the log and its rotated files, each under the name of its generation
+
+MAX_UNPACKED = 16  # files at a time
+MAX_UNPACKED_BYTES = 4096 * MIB  # together
+MAX_FILE_BYTES = 1024 * MIB  # each, and half of what is free
+KEEP_S = 300.0  # after somebody looked at it
+DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
+
+FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
+
+
+class PastFile(NamedTuple):
+    """What is known of a rotated file; `size` and `last` are None before it is unpacked."""
+
+    key: FileKey
+    path: str
+    compressed: str
+    generation: str
+    size: int | None
+    first: float | None = None
+    last: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        packed = self.key[2] if self.compressed else None
+        about = {"generation": self.generation, "name": file_name(self.path), "size": self.size}
+        return about | {"packed": packed, "first": self.first, "last": self.last}
+
+
+class FileSet:
+    """The log and its rotated files: their names, and those that were decompressed, for a while."""
+
+    def __init__(self, follower: LogFollower, zone: datetime.tzinfo) -> None:
+        self.follower, self.zone = follower, zone
+        self.known: dict[tuple[int, int], PastFile] = {}  # by device and inode
+        self.heads: dict[str, bytes] = {}  # the first bytes of each generation, by its name
+        self.listing = asyncio.Lock()
+        self.places = asyncio.Semaphore(2)
+        self.unpacking: dict[FileKey, asyncio.Task[LogFile]] = {}
+        self.used_s: dict[FileKey, float] = {}
+
+    async def describe(self) -> dict[str, Any]:
+        """Return the answer of /api/files: the oldest file first, the log last."""
+        current = self.follower.current
+        past = await self.past_files(current)
+        first, last = await run_in_thread(time_span, current, self.zone)
+
+        size = current.size
+        key = file_key(current.status())
+        log = PastFile(key, self.follower.path, "", current.name, size, first, last)
+        return {"files": [file.describe() for file in (*past, log)]}
+
+    async def file_of(self, context: RequestContext) -> LogFile:
+        """Return the file that a request is about, the log if it names none. Raises HTTPError."""
+        current = self.follower.current
+        generation = context.query.get("generation", current.name)
+        if generation == current.name:
+            return current
+
+        for past in await self.past_files(current):
+            if past.generation == generation and past.compressed:
+                return await self.unpacked(past)
+            if past.generation == generation:
+                return await run_in_thread(open_past_file, past)
+        raise HTTPError(404, "no file of this log has this generation")
+
+    async def past_files(self, current: LogFile) -> list[PastFile]:
+        async with self.listing:
+            return await run_in_thread(self.look, current)
+
+    def look(self, current: LogFile, cancelled: threading.Event) -> list[PastFile]:
+        """Return the rotated files, the oldest first. What is known is not read again."""
+        log = file_key(current.status())
+        found: dict[FileKey, RotatedName | None] = {log: None}
+        for rotated in reversed(rotated_files(self.follower.path)):
+            with contextlib.suppress(OSError):
+                status = os.stat(rotated.path)
+                if stat.S_ISREG(status.st_mode):
+                    found.setdefault(file_key(status), rotated)
+
+        # A renamed file keeps its name, a changed one too if it still begins with the same bytes.
+        same_inode = ((key, self.known.get(key[:2])) for key in found)
+        known = {key: file for key, file in same_inode if file}
+        known[log] = PastFile(log, self.follower.path, "", current.name, current.size)
+        self.heads[current.name] = current.read_bytes(0, FINGERPRINT_BYTES)
+        taken = {file.generation for key, file in known.items() if file.key == key}
+        files = {}
+        for key, name in found.items():
+            file = known.get(key)
+            if file and file.key == key:
+                files[key] = file._replace(path=name.path if name else file.path)
+            elif name:
+                files[key] = self.examine(name, key, file, taken, cancelled)
+                taken.add(files[key].generation)
+
+        self.known = {key[:2]: file for key, file in files.items()}
+        self.heads = {name: head for name, head in self.heads.items() if name in taken}
+        del files[log]
+        return list(files.values())
+
+    def examine(
+        self,
+        rotated: RotatedName,
+        key: FileKey,
+        before: PastFile | None,
+        taken: set[str],
+        cancelled: threading.Event,
+    ) -> PastFile:
+        """Read the beginning of a file, and its end if it is not compressed."""
+        size = None if rotated.compressed else key[2]
+        try:
+            file = open_beginning(rotated, cancelled)
+            head = file.read_bytes(0, FINGERPRINT_BYTES)
+            first, last = time_span(file, self.zone)
+        except OSError:  # damaged, or not ours to read: it is named all the same
+            return PastFile(key, rotated.path, rotated.compressed, unreadable_name(key), size)
+
+        generation = self.name_of(head, before.generation if before else "", taken)
+        if rotated.compressed:
+            last = None
+        return PastFile(key, rotated.path, rotated.compressed, generation, size, first, last)
+
+    def name_of(self, head: bytes, before: str, taken: set[str]) -> str:
+        """Return the name of the generation that begins like this, and is no other file's now."""
+        base = generation_name(head)
+        further = (f"{base}-{n}" for n in itertools.count(2))
+        for name in itertools.chain([before or base, base], further):
+            if name not in taken and head.startswith(self.heads.get(name, b"")):
+                self.heads[name] = head
+                return name
+        raise AssertionError("there is always one more name")
+
+    async def unpacked(self, past: PastFile) -> LogFile:
+        """Return the file, decompressed once for all who ask. Raises HTTPError."""
+        self.forget_unused()
+        job = self.unpacking.get(past.key)
+        if not job:
+            job = self.unpacking[past.key] = asyncio.create_task(self.unpack(past))
+            job.add_done_callback(job_bytes)  # sees the error even if nobody waits any more
+        self.used_s[past.key] = time.monotonic()
+        asyncio.get_running_loop().call_later(KEEP_S + 1, self.forget_unused)
+
+        await asyncio.wait([job], timeout=DECOMPRESS_S)
+        if not job.done():
+            raise HTTPError(503, "the file is being decompressed", Retry_After="2")
+        try:
+            return job.result()
+        except OSError as error:
+            why = error.strerror or "is damaged"
+            raise HTTPError(422, f"{file_name(past.path)}: {why}") from None
+
+    async def unpack(self, past: PastFile) -> LogFile:
+        async with self.places:
+            file = await run_in_thread(unpack_past_file, past)
+            first, last = await run_in_thread(time_span, file, self.zone)
+        if self.known.get(past.key[:2], past).key == past.key:
+            known = past._replace(size=file.size, first=first, last=last)
+            self.known[past.key[:2]] = known
+        return file
+
+    def forget_unused(self) -> None:
+        """Close what nobody has looked at for a while, and for longest if there is much of it."""
+        done = [key for key, job in self.unpacking.items() if job.done()]
+        size = sum(job_bytes(self.unpacking[key]) for key in done)
+        done.sort(key=self.used_s.__getitem__)
+        for number, key in enumerate(done):
+            unused = time.monotonic() - self.used_s[key] > KEEP_S
+            many = len(done) - number >= MAX_UNPACKED
+            if not (unused or many or size > MAX_UNPACKED_BYTES):
+                break
+            size -= job_bytes(self.unpacking.pop(key))
+            del self.used_s[key]
+
+
+def file_key(status: os.stat_result) -> FileKey:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def file_name(path: str) -> str:
+    return os.fsencode(os.path.basename(path)).decode(errors="replace")
+
+
+def unreadable_name(key: FileKey) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def job_bytes(job: asyncio.Task[LogFile]) -> int:
+    if job.cancelled() or job.exception():
+        return 0
+    return job.result().size
+
+
+def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
+    """Return the file, or of a compressed one its beginning. Raises OSError."""
+    if not rotated.compressed:
+        return open_log_file(rotated.path)
+    with tempfile.TemporaryFile() as copy:
+        copy.write(first_bytes(rotated.path, TIMES_BYTES))
+        copy.flush()
+        modified_ns = os.stat(rotated.path).st_mtime_ns
+        os.utime(copy.fileno(), ns=(modified_ns, modified_ns))  # a stamp may need its year
+        return LogFile(os.dup(copy.fileno()))
+
+
+def open_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
+    """Return a file that is not compressed. Raises HTTPError if it was renamed meanwhile."""
+    try:
+        file = open_log_file(past.path)
+    except OSError as error:
+        raise HTTPError(404, f"{file_name(past.path)}: {error.strerror}") from None
+    if file_key(file.status())[:2] != past.key[:2]:
+        raise HTTPError(503, "the log is being rotated", Retry_After="1")
+    file.name = past.generation
+    return file
+
+
+def unpack_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
+    """Decompress a file into one without a name. Raises OSError."""
+    file = decompress(past.path, MAX_FILE_BYTES, cancelled)
+    file.name = past.generation
+    return file
+
+
+def time_span(
+    file: LogFile, zone: datetime.tzinfo, cancelled: threading.Event | None = None
+) -> tuple[float | None, float | None]:
+    """Return the first and the last time in a file, as far as they stand near its ends."""
+    time_format = detect_time_format(file, zone)
+    if not time_format:
+        return None, None
+
+    size = file.size
+    cancelled = cancelled or threading.Event()
+    first = timed_lines(file, time_format, 0, TIMES_BYTES, cancelled)
+    last = timed_lines(file, time_format, max(0, size - TIMES_BYTES), size, cancelled)
+    times = plausible_times([*first, *last], time.time())
+    if not times:
+        return None, None
+    return times[0][1], times[-1][1]
+
+
+# The filter language. A term means here what it means in the page, so what it means in JavaScript.
+SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+QUOTED = '"([^"]+)"|[\u201c-\u201e]([^\u201c-\u201e]+)[\u201c\u201d]|\xab([^\xab\xbb]+)\xbb'
+TERM = re.compile(f"(!?)(?:{QUOTED}|([^{SPACE}]+))")
+PUNCTUATION = r"[!-/:-@\[-`{-~]"
+SYNTAX = re.compile(
+    rf"""
+      \\[bBdDwWsSt] | \\{PUNCTUATION}
+    | \(\?[:=!] | \((?!\?) | \)
+    | \[ (?!\^?\]) \^? (?: \\[dwst] | \\{PUNCTUATION} | [^\\\[\]] )+ \]
+    | (?: [*+?] | \{{\d{{1,4}}(?:,\d{{0,4}})?\}} ) \?? (?![*+?{{])
+    | [|.^$]
+    | [^\\\[\](){{}}|*+?.^$]
+    """,
+    re.VERBOSE,
+)
+CLASS_MEMBER = re.compile(r"\\?.", re.DOTALL)
+LOOKAHEADS = ("(?=", "(?!")
+MAX_NESTING = 50
+
+# JavaScript's meaning of what PCRE means otherwise (Debian 12's takes \S, \W and \D for ASCII).
+CLASSES = {
+    "d": "0-9",
+    "w": "A-Za-z0-9_",
+    "s": r"\t\n\x0b\f\r \xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}"
+    r"\x{205f}\x{3000}\x{feff}",
+}
+WORD_EDGE = r"(?<=[A-Za-z0-9_])(?![A-Za-z0-9_])|(?<![A-Za-z0-9_])(?=[A-Za-z0-9_])"
+NOT_BEHIND_RETURN = r"(?!(?<=\r)$)"  # a CR at the end is no part of the line
+STAND_INS = r"\x1a\x{9f}\x{fffd}"  # what grep gets for invalid bytes, and U+FFFD itself
+PCRE = {
+    "(?=": "(?=(?:",
+    "(?!": "(?!(?:",
+    "$": r"(?=\r?$)",
+    "\0": r"\x00",
+    "\ufffd": f"[{STAND_INS}]",
+    r"\b": f"(?:{WORD_EDGE})",
+    r"\B": f"(?!{WORD_EDGE})",
+    **{rf"\{letter}": f"[{members}]" for letter, members in CLASSES.items()},
+    **{rf"\{letter.upper()}": f"[^{members}]" for letter, members in CLASSES.items()},
+}
+
+
+class Term(NamedTuple):
+    """One term of a query: plain text, or a regular expression (then `text` is None)."""
+
+    exclude: bool
+    text: str | None
+    pattern: str  # for grep -P
+
+
+def parse_query(query: str) -> list[Term]:
+    """Return the terms, excluding ones last: PCRE gives up sooner. Raises HTTPError for none."""
+    terms = []
+    for mark, *quoted, word in TERM.findall(query):
+        phrase = "".join(quoted)
+        terms.append(parse_term(bool(mark), phrase, word))
+
+    if not terms:
+        raise HTTPError(400, "the query is empty")
+    return sorted(terms, key=lambda term: term.exclude)
+
+
+def parse_term(exclude: bool, phrase: str, word: str) -> Term:
+    if tokens := expression_tokens(word):
+        if any(len(token) > 1 or token in "|.^$)*+?" for token in tokens):
+            return Term(exclude, None, expression_pattern(tokens))
+        word = "".join(tokens)
+
+    text = phrase or word
+    return Term(exclude, text, text_pattern(text))
+
+
+def expression_tokens(word: str) -> list[str]:
+    """Return the tokens between the slashes; none if the word is text."""
+    if len(word) < 3 or word[0] != "/" or word[-1] != "/":
+        return []
+    inner = word[1:-1]
+    tokens: list[str] = SYNTAX.findall(inner)
+    return tokens if "".join(tokens) == inner and is_well_formed(tokens) else []
+
+
+def is_well_formed(tokens: list[str]) -> bool:
+    """Return True if groups close, repetitions follow something, and counts and ranges rise."""
+    groups: list[str] = []
+    repeatable = False
+    for token in tokens:
+        if token == ")" and not groups:
+            return False
+        if token[0] in "*+?{" and not (repeatable and counts_rise(token)):
+            return False
+        if token[0] == "[" and not ranges_rise(token):
+            return False
+
+        repeatable = token[0] not in "*+?{(^$|" and token not in (r"\b", r"\B")
+        if token[0] == "(":
+            groups.append(token)
+        if token == ")":
+            repeatable = groups.pop() not in LOOKAHEADS
+        if len(groups) > MAX_NESTING:
+            return False
+    return not groups
+
+
+def counts_rise(repetition: str) -> bool:
+    low, _, high = repetition.strip("{}?").partition(",")
+    return not high or int(low) <= int(high)
+
+
+def ranges_rise(bracketed: str) -> bool:
+    """Return True if each range of a class goes from a character to one that is not before it."""
+    members = CLASS_MEMBER.findall(bracketed.removeprefix("[").removeprefix("^")[:-1])
+    at = 0
+    while at < len(members):
+        is_range = members[at + 1 : at + 2] == ["-"] and at + 2 < len(members)
+        if is_range and not is_range_of(members[at], members[at + 2]):
+            return False
+        at += 3 if is_range else 1
+    return True
+
+
+def is_range_of(low: str, high: str) -> bool:
+    if any(re.fullmatch(r"\\[dws]", end) for end in (low, high)):
+        return False
+    first, last = ("\t" if end == r"\t" else end[-1] for end in (low, high))
+    return first <= last
+
+
+def text_pattern(text: str) -> str:
+    """Return a pattern that matches the text as it stands."""
+    hexed = re.sub(r"[^\w ]", lambda char: f"\\x{{{ord(char[0]):x}}}", text, flags=re.ASCII)
+    behind = NOT_BEHIND_RETURN if text.endswith("\r") else ""
+    return hexed.replace(r"\x{fffd}", f"[{STAND_INS}]") + behind
+
+
+def expression_pattern(tokens: list[str]) -> str:
+    """Return the pattern that matches in PCRE what the expression matches in JavaScript."""
+    spelled, groups = [], []
+    for token in tokens:
+        if token[0] == "(":
+            groups.append(token)
+        closes_lookahead = token == ")" and groups.pop() in LOOKAHEADS
+
+        if closes_lookahead:
+            spelled.append(f"){NOT_BEHIND_RETURN})")
+        elif token[0] == "[":
+            spelled.append(class_pattern(token))
+        else:
+            spelled.append(PCRE.get(token, token))
+    return f"(?:{''.join(spelled)}){NOT_BEHIND_RETURN}"
+
+
+def class_pattern(bracketed: str) -> str:
+    def spelled(member: re.Match[str]) -> str:
+        return CLASSES.get(member[0][1:], member[0])
+
+    body = CLASS_MEMBER.sub(spelled, bracketed[:-1])
+    stand_ins = STAND_INS if "\ufffd" in body else ""
+    return body.replace("\0", r"\x00") + stand_ins + "]"
+
+
+# Times. A log states them in one format: a kind of stamp, and where in the line that stands.
+DAY_S = 86400
+YEAR_S = 365.2425 * DAY_S
+STAMP_BYTES = 100  # a stamp begins within so many bytes of its line
+HEAD_BYTES = 1024  # what is read of a line for it, colours and all
+LOG_END = 1 << 62  # the offset of a line that is somewhere at the end
+SAMPLE_PLACES, SAMPLE_BYTES, SAMPLE_LINES = 64, 8192, 320
+EPOCH_S = range(1_000_000_000, 4_102_444_800)  # 2001 to 2099: other numbers are no times
+DISORDER_S = 1  # between the lines of several writers
+COLOUR = re.compile(rb"\x1b\[[0-9;:]*[mK]")
+MONTHS = b"Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+# Stamps with these have no time: nobody knows which CST, IST or BST it is.
+ZONE_NAMES = (
+    rb"ACDT|ACST|ADT|AEDT|AEST|AKDT|AKST|AST|AWST|BRT|BST|CAT|CDT|CEST|CET|CST|EAT|EDT|EEST|EET|EST"
+    rb"|HKT|HST|IDT|IST|JST|KST|MDT|MESZ|MEZ|MSD|MSK|MST|NDT|NST|NZDT|NZST|PDT|PHT|PKT|PST|SAST|SGT"
+    rb"|SST|WAT|WEST|WET|WIB|YEKT"
+    rb"|(?:Africa|America|Antarctica|Asia|Atlantic|Australia|Europe|Indian|Pacific|US)/\w+"
+)
+OFFSET = rb" ?[+-]\d\d(?::?\d\d)?"
+UTC_NAME = rb" ?(?:UTC|GMT)(?:[+-]\d\d?(?::?\d\d)?)?|[Zz]"
+ZONE = rb"(?P<zone>" + OFFSET + rb"|" + UTC_NAME + rb"| ?\[?(?:" + ZONE_NAMES + rb"))"
+FRACTION = rb"(?:[.,](?P<fraction>\d{1,9}))?(?!\d)"
+HALF_AND_ZONE = rb"(?: ?(?P<half>[AaPp])[Mm](?!\w))?(?:" + ZONE + rb"(?!\w))?"
+SECOND = rb"(?P<second>\d\d)" + FRACTION
+CLOCK = rb"(?P<hour>\d\d?):(?P<minute>\d\d)(?::" + SECOND + rb")?(?!\d)" + HALF_AND_ZONE
+BASIC_CLOCK = rb"(?P<hour>\d\d)(?P<minute>\d\d)" + SECOND + HALF_AND_ZONE
+MONTH_NAME = rb"(?P<name>" + b"|".join(MONTHS) + rb")"
+YEAR = rb"(?P<year>[12]\d{3})"
+YEAR_BEFORE = rb"(?:" + YEAR + rb",? )?"
+YEAR_BEHIND = rb"(?: (?P<year_behind>[12]\d{3})(?![\w.:-]))?"
+STAMPS = {
+    "ISO 8601": YEAR + rb"-(?P<month>\d\d)-(?P<day>\d\d)[Tt _]" + CLOCK,
+    "ISO 8601 basic": YEAR + rb"(?P<month>\d\d)(?P<day>\d\d)T" + BASIC_CLOCK,
+    "YYYY/MM/DD": YEAR + rb"/(?P<month>\d\d)/(?P<day>\d\d) " + CLOCK,
+    "Common Log Format": rb"(?P<day>\d\d)[/ -]" + MONTH_NAME + rb"[/ -]" + YEAR + rb"[: ]" + CLOCK,
+    "RFC 3164": MONTH_NAME + rb" [ 0]?(?P<day>\d\d?),? " + YEAR_BEFORE + CLOCK + YEAR_BEHIND,
+    "auditd": rb"audit\((?P<epoch>\d{10}(?:\.\d{1,9})?):\d+\)",
+    "klog": rb"[IWEF](?P<year>[12]\d{3})?(?P<month>\d\d)(?P<day>\d\d) " + CLOCK,
+    "epoch milliseconds": rb"(?P<epoch>\d{10}(?P<thousandths>\d{3}))(?![\w.])",
+    "epoch seconds": rb"(?P<epoch>\d{10}(?:\.\d{1,9})?)(?!\w|\.\d)",
+}
+IS_STAMP = {name: re.compile(rb"(?<![0-9A-Za-z_])" + stamp) for name, stamp in STAMPS.items()}
+# Before a stamp: the key whose value it is, in JSON or logfmt; or words, and the beginning of one.
+KEY = re.compile(rb"""(?<![\w.@-])(?:"([\w.@-]{1,40})"[ \t]?:[ \t]?|([\w.@-]{1,40})=)"?\Z""")
+TIME_KEY = re.compile(rb"time|stamp|date|epoch|(?:^|[^a-z])(?:ts?|at)$", re.IGNORECASE)
+WORDS = rb"(?:[^ \t\n]{0,99}[ \t]{1,99}(?![ \t])){0,%d}?"
+WORD_BEGINNING = rb"(?:[^ \t\n]{0,99}?[^\w \t\n])??"
+LINE_BEGINNING = rb"(?:\xef\xbb\xbf)?[ -/:-@[-`{-~]{0,4}"
+
+
+Timed = tuple[int, float]  # an offset, and a time in seconds since 1970
+Parts = dict[str, bytes]  # of a stamp, by the names in its pattern; b"" for what it leaves out
+Minute = tuple[int, int, int, int]  # month, day, hour, minute
+
+
+class Hit(NamedTuple):
+    """A stamp in a sample."""
+
+    column: int
+    words: int  # before it
+
+
+class Place(NamedTuple):
+    """Where in a line its stamp stands."""
+
+    stamp: str
+    key: bytes  # whose value it is; b"" for none
+    words: int = 0  # without a key: at most so many stand before it
+
+    def is_at_start(self) -> bool:
+        return self.stamp.startswith("epoch") and not self.key
+
+    def may_follow(self, before: bytes) -> bool:
+        """Return False if what is before it rules it out: in JSON a stamp is the value of a key."""
+        if len(before) >= STAMP_BYTES:
+            return False
+        if self.key:
+            return True
+        if self.is_at_start() and not re.fullmatch(LINE_BEGINNING, before):
+            return False
+        return not before.startswith(b"{")
+
+    def pattern(self) -> re.Pattern[bytes]:
+        stamp = rb"(?P<stamp>" + STAMPS[self.stamp] + rb")"
+        if self.key:
+            key = re.escape(self.key)
+            key_and_sign = rb'"' + key + rb'"[ \t]?:[ \t]?|' + key + rb"="
+            before = rb"[^\n]{0,99}?(?<![\w.@-])(?:" + key_and_sign + rb')"?'
+        elif self.is_at_start():
+            before = rb"(?!\{)" + LINE_BEGINNING
+        else:
+            before = rb"(?!\{)" + WORDS % self.words + WORD_BEGINNING
+        return re.compile(b"\n" + before + stamp)
+
+
+class TimeFormat:
+    """How the lines of one log state their time."""
+
+    def __init__(self, place: Place, zone: datetime.tzinfo, modified_s: float) -> None:
+        self.name = place.stamp.removesuffix(" basic")
+        self.zone = zone
+        # Before each of these offsets, a stamp without a year is not after the time beside it.
+        self.latest = [(math.inf, modified_s)]
+        self.pattern = place.pattern()
+
+    def time_of(self, line: bytes, at: int = LOG_END) -> float | None:
+        """Return the time of a line whose offset in the log is `at`, in seconds since 1970."""
+        head = line[:HEAD_BYTES].partition(b"\n")[0]
+        return next((seconds for _, seconds in self.times_in(head, at)), None)
+
+    def times_in(self, data: bytes, at: int = LOG_END) -> Iterator[Timed]:
+        """Yield offset in the data and time of its lines. `at` is where in the log it begins."""
+        if b"\x1b" in data:
+            yield from self.coloured_times_in(data, at)
+            return
+
+        for found in self.pattern.finditer(b"\n" + data):
+            start = found.start()
+            if found.start("stamp") - start > STAMP_BYTES:
+                continue
+            seconds = stamp_seconds(found.groupdict(b""), self.zone, self.latest_s(at + start))
+            if seconds is not None:
+                yield start, seconds
+
+    def coloured_times_in(self, data: bytes, at: int) -> Iterator[Timed]:
+        start = 0
+        for line in data.split(b"\n"):
+            head = COLOUR.sub(b"", line[:HEAD_BYTES]).replace(b"\x1b", b"?")
+            for _, seconds in self.times_in(head, at + start):
+                yield start, seconds
+            start += len(line) + 1
+
+    def latest_s(self, at: int) -> float:
+        return self.latest[bisect.bisect_right(self.latest, (at, math.inf))][1]
+
+    def date_years(self, samples: list[tuple[int, bytes]]) -> None:
+        """Learn from lines spread over the log where each year begins, counted from its end."""
+        known = list[tuple[float, int, bytes]]()
+        for at, line in samples:
+            if (seconds := self.time_of(line)) is not None:
+                known.append((seconds, at, line))
+
+        later_s = [seconds for seconds, *_ in known[2:]]
+        later_s.append(self.latest[-1][1])
+        in_order = known[:1]
+        for before, one, after_s in zip(known, known[1:], later_s, strict=False):
+            if is_in_season(before[0], one[0], after_s):
+                in_order.append(one)
+
+        for _, at, line in reversed(in_order):
+            if (seconds := self.time_of(line, at)) is not None:
+                self.latest.insert(0, (at, seconds))
+
+
+def detect_time_format(file: LogFile, zone: datetime.tzinfo) -> TimeFormat | None:
+    """Return the format of samples of the file, None if they have no times. Raises OSError."""
+    samples = list(sample_lines(file))
+    place = stamp_place([line for _, line in samples], zone, file.modified_s())
+    if not place:
+        return None
+
+    time_format = TimeFormat(place, zone, file.modified_s())
+    if place.stamp in ("RFC 3164", "klog"):
+        time_format.date_years(samples)
+    return time_format
+
+
+def sample_lines(file: LogFile) -> Iterator[tuple[int, bytes]]:
+    """Yield offsets and beginnings of lines spread evenly over the file. Raises OSError."""
+    size = file.size
+    samples = range(0, size, max(SAMPLE_BYTES, size // SAMPLE_PLACES))
+    for sample in samples:
+        data = file.read_bytes(sample, min(size, sample + SAMPLE_BYTES))
+        start = data.find(b"\n") + 1 if sample else 0
+        lines = data[start:].split(b"\n") if start or not sample else []
+        if lines and len(lines[-1]) < HEAD_BYTES and sample + len(data) < size:
+            lines.pop()  # it may be cut in its stamp
+
+        for line in lines[: SAMPLE_LINES // len(samples)]:
+            if line.strip(b"\0\r"):
+                yield sample + start, line[:HEAD_BYTES]
+            start += len(line) + 1
+
+
+def stamp_place(lines: list[bytes], zone: datetime.tzinfo, latest_s: float) -> Place | None:
+    """Return where most of these lines have a stamp, and have it first; None if none has."""
+    hits: dict[Place, list[Hit]] = {}
+    for line in lines:
+        for place, hit in stamps_of_line(line, zone, latest_s).items():
+            hits.setdefault(place, []).append(hit)
+
+    columns: dict[Place, list[int]] = {}
+    for place, found in hits.items():
+        words = usual_words(found)
+        usual = sorted(hit.column for hit in found if hit.words <= words)
+        if 10 * len(usual) >= len(lines) or not place.key and words == 0:
+            columns[place._replace(words=words)] = usual
+
+    most = max(map(len, columns.values()), default=0)
+    often = [place for place, usual in columns.items() if 2 * len(usual) >= most]
+
+    def rank(place: Place) -> tuple[bool, int]:
+        is_odd_key = bool(place.key) and not TIME_KEY.search(place.key)
+        return is_odd_key, columns[place][len(columns[place]) // 2]
+
+    return min(often, key=rank, default=None)
+
+
+def usual_words(hits: list[Hit]) -> int:
+    """Return behind how many words the stamps stand that are no dates in messages."""
+    numbers = collections.Counter(hit.words for hit in hits)
+    usual = {words for words, times in numbers.items() if 10 * times >= len(hits)}
+    words = min(usual or numbers)
+    while words and words + 1 in usual:  # "[worker] ERROR 2025-…", "[worker 2] ERROR 2025-…"
+        words += 1
+    return words
+
+
+def stamps_of_line(line: bytes, zone: datetime.tzinfo, latest_s: float) -> dict[Place, Hit]:
+    """Return the first stamp of each kind and key, if it is a time."""
+    head = COLOUR.sub(b"", line)
+    stamps: dict[Place, Hit | None] = {}
+    for name, kind in IS_STAMP.items():
+        for found in kind.finditer(head, 0, 2 * STAMP_BYTES):
+            before = head[: found.start()]
+            place = Place(name, key_before(before))
+            if place in stamps or not place.may_follow(before):
+                continue
+            is_time = stamp_seconds(found.groupdict(b""), zone, latest_s) is not None
+            words = len(re.findall(rb"[ \t]+", before))
+            stamps[place] = Hit(len(before), words) if is_time else None
+    return {place: hit for place, hit in stamps.items() if hit}
+
+
+def key_before(before: bytes) -> bytes:
+    found = KEY.search(before[-50:])
+    return found[1] or found[2] if found else b""
+
+
+def stamp_seconds(part: Parts, zone: datetime.tzinfo, latest_s: float) -> float | None:
+    """Return the time that a stamp states, None if there is none or its zone is not known."""
+    if "epoch" in part:
+        seconds = float(part["epoch"]) / (1000 if "thousandths" in part else 1)
+        return seconds if int(seconds) in EPOCH_S else None
+
+    own_zone = stated_zone(part["zone"], zone)
+    minute = stated_minute(part)
+    if own_zone is None or minute is None:
+        return None
+
+    year = part["year"] or part.get("year_behind")
+    if year:
+        start = minute_start(int(year), minute, own_zone)
+    else:
+        start = latest_start(minute, own_zone, latest_s)
+    second = float(b"%b.%b" % (part["second"] or b"0", part["fraction"] or b"0"))
+    return None if start is None or second >= 61 else start + second
+
+
+def stated_minute(part: Parts) -> Minute | None:
+    hour, half = int(part["hour"]), part["half"]
+    if half and not 1 <= hour <= 12:
+        return None
+    if half:
+        hour = hour % 12 + (12 if half in b"Pp" else 0)
+
+    month = MONTHS.index(part["name"]) + 1 if "name" in part else int(part["month"])
+    return month, int(part["day"]), hour, int(part["minute"])
+
+
+def latest_start(minute: Minute, zone: datetime.tzinfo, latest_s: float) -> float | None:
+    """Return the last time that a stamp without a year can mean, up to a day after `latest_s`."""
+    end_s = latest_s + DAY_S
+    last_year = time.gmtime(end_s).tm_year
+    for year in range(last_year, last_year - 9, -1):  # February 29th may be 8 years ago
+        start = minute_start(year, minute, zone)
+        if start is not None and start <= end_s:
+            return start
+    return None
+
+
+@functools.lru_cache(4096)
+def minute_start(year: int, minute: Minute, zone: datetime.tzinfo) -> float | None:
+    try:
+        return datetime.datetime(year, *minute, tzinfo=zone).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+@functools.lru_cache(256)
+def stated_zone(stated: bytes, zone: datetime.tzinfo) -> datetime.tzinfo | None:
+    """Return the zone of a stamp, None if it is not known."""
+    name = stated.strip().upper()
+    if not name:
+        return zone
+    found = re.fullmatch(rb"(?:Z|UTC|GMT)?(?:([+-])(\d\d?):?(\d\d)?)?", name)
+    if not found:
+        return None
+    minutes = 60 * int(found[2] or 0) + int(found[3] or 0)
+    if minutes >= 24 * 60:
+        return None
+    return datetime.timezone(datetime.timedelta(minutes=-minutes if found[1] == b"-" else minutes))
+
+
+def is_in_season(before_s: float, one_s: float, after_s: float) -> bool:
+    """Return False if the middle one, but for its year, is not between its neighbours."""
+    return (one_s - before_s) % YEAR_S + (after_s - one_s) % YEAR_S < YEAR_S
+
+
+def plausible_times(times: list[Timed], now_s: float) -> list[Timed]:
+    """Return the times without those a day ahead of now, and without single leaps."""
+    past = [one for one in times if one[1] <= now_s + DAY_S]
+    return without_leaps(without_leaps(past, 1), -1)
+
+
+def without_leaps(times: list[Timed], sign: int) -> list[Timed]:
+    """Return the times without those that rise (sign 1) or fall (-1) and are back at once."""
+    later = zip(times[1:], times[2:], strict=False)
+    kept = times[:1]
+    for before, (one, after) in zip(times, later, strict=False):
+        leap_s = sign * (one[1] - before[1])
+        way_back_s = sign * (one[1] - after[1])
+        is_back = after[1] >= before[1] - DISORDER_S
+        if min(leap_s, way_back_s) <= DISORDER_S or not is_back:
+            kept.append(one)
+    return kept + times[1:][-1:]
+
+
+def parse_zone(name: str) -> datetime.tzinfo:
+    """Return the zone of that name, or with that offset as in +01:00. Raises ValueError."""
+    try:
+        offset = stated_zone(name.encode(), datetime.UTC) if name.strip() else None
+        return offset or zoneinfo.ZoneInfo(name)
+    except (LookupError, ValueError, OSError):
+        raise ValueError(f"{name} is not a time zone as in +01:00 or Europe/Berlin") from None
+
+
+def parse_moment(text: str, zone: datetime.tzinfo) -> float | None:
+    """Return the time of a stamp, or a date's midnight, in s since 1970; None for nonsense."""
+    # A plus sign in an address is a space.
+    text = re.sub(r"(\d:\d\d\S*) (\d\d(?::?\d\d)?)\Z", r"\1+\2", text.strip())
+    if re.fullmatch(r"\d{4}[-/]\d\d[-/]\d\d", text):
+        text += " 00:00"
+    for stamp in STAMPS.values():
+        if found := re.fullmatch(rb"\[?" + stamp + rb"\]?", text.encode(errors="replace")):
+            return stamp_seconds(found.groupdict(b""), zone, time.time())
+    return None
+
+
+# ---- 9 Proof -------------------------------------------------------------------------------------
+# Says how many bytes a file held and their SHA-256 (a receipt), and notices if bytes change later.
+# Proof owns a Checker for each file in use; one thread works at a time, for one of them. Nothing is
+# stored: what has to outlive the process is a line on standard output.
+
+PIECE_BYTES = 256 * KIB  # read and hashed at once: other threads run meanwhile (hashlib, GIL)
+BLOCK_BYTES = MIB  # a change is located as exactly as this
+PASS_S = 3600.0  # the idle reader goes over the log in this time, or faster: a block a second
+MOST_BLOCKS_PER_S = 80  # while nobody waits: about 5 % of a core
+HURRY_BLOCKS = 64  # in one go, after a change without growth
+CONFIRM_S = 1.5  # from a suspicion to the second read: a rotation takes less
+RECEIPT_S = 5.0  # a receipt that takes longer is collected by a later request
+TICKET_S = 120.0  # and is kept so long for it
+MAX_TICKETS = 2000
+LATE_LINES_S = 31.0  # a rotated file that grows later is sealed again
+LAST_ANCHOR_S = 0.3  # of the stop
+ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
+CLOCK_S = 60.0  # a rotation is noticed, and an entry written, at most so late
+MAX_SHOWN = 100  # failed receipts that --verify names
+
+
+class Receipt(NamedTuple):
+    """The statement that a file began with so many bytes of that digest."""
+
+    log: str
+    generation: str
+    head: str  # SHA-256 of the first 4 KiB, or of all bytes if there are fewer; "" if unknown
+    end: int
+    sha256: str
+    time: str  # ISO 8601 in UTC, whole seconds
+    note: str = ""  # " reviewed_by=…" or " sealed_before=…"
+
+    @property
+    def line(self) -> str:
+        return (
+            f"audit-stream: receipt log={quoted_value(self.log)} generation={self.generation}"
+            f" head={self.head} bytes={self.end} sha256={self.sha256} time={self.time}{self.note}"
+        )
+
+    def json(self) -> bytes:
+        fields: dict[str, Any] = {"log": self.log, "generation": self.generation}
+        fields |= {"head": self.head, "bytes": self.end, "sha256": self.sha256}
+        fields |= {"time": self.time, "line": self.line}
+        return json.dumps(fields).encode()
+
+
+class Digest(NamedTuple):
+    """What a pass found out about a number of bytes."""
+
+    head: str
+    sha256: str
+    time_s: float
+
+
+class Wanted(NamedTuple):
+    """Somebody who waits for the digest of so many bytes."""
+
+    end: int
+    future: asyncio.Future[Digest | None]  # None: they are not there
+
+    def settle(self, digest: Digest | None) -> None:
+        if not self.future.done():
+            self.future.set_result(digest)
+
+
+class Proof:
+    """The receipts of a log, and the watch over what was published of it."""
+
+    def __init__(
+        self,
+        follower: LogFollower,
+        broadcaster: Broadcaster,
+        anchor_s: float = 3600.0,  # 0: never
+        expect_every_s: float = 0.0,  # 0: the log may be silent
+    ) -> None:
+        self.follower, self.broadcaster = follower, broadcaster
+        follower.on_generation = self.on_generation
+        self.anchor_s, self.expect_every_s = anchor_s, expect_every_s
+
+        self.current = Checker(follower.current)
+        self.checkers = {self.current.file: self.current}
+        self.retired: asyncio.Queue[tuple[Checker, str]] = asyncio.Queue()
+        self.unfinished: set[Checker] = set()  # of rotated files that are not sealed yet
+        self.tickets: dict[tuple[object, ...], Wanted] = {}  # what a later request may collect
+        self.somebody_waits = asyncio.Event()
+
+        self.alarm = ""  # what changed; until somebody accepts it
+        self.unreadable = ""
+        self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
+        self.announced: tuple[str, str, float] = "", "", 0.0  # state, alarm, and when (monotonic)
+        self.grown: tuple[str, int, float] = "", 0, time.time()  # generation, bytes, and when
+        self.history = HistoryRecord()
+
+    async def respond(self, file: LogFile, context: RequestContext) -> Response:
+        """Answer /api/receipt, /api/review and /api/record."""
+        etag = f'"{file.name}"'
+        accepted = context.request.headers.get("If-Match", "*").split(",")
+
+        try:
+            if not {"*", etag} & {tag.strip() for tag in accepted}:
+                raise HTTPError(412, "the log has been replaced since (If-Match)")
+            if context.path == "/api/record":
+                response = self.record(context)
+            else:
+                response = await self.respond_with_receipt(file, context)
+        except HTTPError as error:
+            response = error_response(context.path, error)
+
+        response.headers["ETag"] = etag
+        return response
+
+    async def respond_with_receipt(self, file: LogFile, context: RequestContext) -> Response:
+        """Wait a few seconds for the pass; if it takes longer, the next request collects it."""
+        whole = file.end if file is self.follower.current else file.size
+        end = int_parameter(context.query, "bytes", whole, 0, 10**18)
+        if end > file.size:
+            raise HTTPError(416, "the log has fewer bytes than that")
+
+        asker = context.client, context.user, context.path
+        key = (*asker, context.query.get("bytes"), file)
+        wanted = self.tickets.get(key) or self.add_ticket(key, file, end)
+        end = wanted.end  # the log may have grown since the first request
+        await asyncio.wait([wanted.future], timeout=RECEIPT_S)
+        if not wanted.future.done():
+            progress = {"read": self.checkers[file].progress(wanted), "bytes": end}
+            body = json.dumps(progress).encode()
+            return make_response(202, body, JSON, Retry_After="2")
+
+        self.tickets.pop(key, None)
+        digest = wanted.future.result()
+        if digest is None:
+            raise HTTPError(416, "the log has fewer bytes than that, or cannot be read")
+        receipt = self.receipt(file, end, digest)
+        if context.path == "/api/review":
+            who = quoted_value(context.user or context.client)
+            receipt = receipt._replace(note=f" reviewed_by={who}")
+            write_line(receipt.line)
+            record_access("review", client=context.client, name=context.user, bytes=end)
+        return make_response(200, receipt.json(), JSON)
+
+    def record(self, context: RequestContext) -> Response:
+        """Write down what a person did on the page; to accept a change ends the alarm."""
+        event, detail = context.query.get("event", ""), context.query.get("detail", "")
+        if event not in ("accepted", "exported"):
+            raise HTTPError(400, "event must be accepted or exported")
+        if len(detail) > 500:
+            raise HTTPError(400, "detail must have at most 500 characters")
+
+        record_access(event, client=context.client, name=context.user, detail=detail)
+        if event == "accepted":
+            self.alarm = ""
+            self.announce()
+        response = make_response(204, b"", TEXT)
+        for header in ("Content-Type", "Content-Length"):  # RFC 9110, section 8.6
+            del response.headers[header]
+        return response
+
+    def add_ticket(self, key: tuple[object, ...], file: LogFile, end: int) -> Wanted:
+        """Ask for a digest that a later request of the same client may collect."""
+        if len(self.tickets) >= MAX_TICKETS:
+            raise HTTPError(503, "too many receipts are asked for", Retry_After="5")
+        wanted = self.tickets[key] = self.ask(file, end)
+        loop = asyncio.get_running_loop()
+
+        def drop() -> None:
+            if self.tickets.get(key) is wanted:
+                del self.tickets[key]
+
+        wanted.future.add_done_callback(lambda _: loop.call_later(TICKET_S, drop))
+        return wanted
+
+    def ask(self, file: LogFile, end: int) -> Wanted:
+        """Join the next pass over a file: what is read from now on."""
+        checker = self.checkers.setdefault(file, Checker(file))
+        wanted = Wanted(end, asyncio.get_running_loop().create_future())
+        checker.wanted.append(wanted)
+        self.somebody_waits.set()
+        return wanted
+
+    def receipt(self, file: LogFile, end: int, digest: Digest) -> Receipt:
+        log, at = self.follower.name, utc(digest.time_s)
+        generation = self.follower.names.assign(file)
+        return Receipt(log, generation, digest.head, end, digest.sha256, at)
+
+    # -- what goes on all the time --
+
+    async def run(self) -> None:
+        """Read, anchor and seal until cancelled; then write a last anchor."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for work in (self.read_forever, self.anchor_forever, self.watch_silence):
+                    tasks.create_task(work())
+                tasks.create_task(self.history.flush_forever())
+                while True:
+                    tasks.create_task(self.finish_generation(*await self.retired.get()))
+        finally:
+            self.history.flush()
+            await self.write_last_anchor()
+
+    async def read_forever(self) -> None:
+        while True:
+            self.somebody_waits.clear()
+            self.on_generation()
+            self.drop_idle_checkers()
+            try:
+                pause_s = await self.read_some()
+                self.unreadable = ""
+            except OSError as error:
+                self.unreadable = error.strerror or "cannot be read"
+                pause_s = 1.0
+
+            self.announce()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self.somebody_waits.wait()
+
+    async def read_some(self) -> float:
+        """Serve who waits, or read on at leisure; return the seconds until the next piece."""
+        waiting = [checker for checker in self.checkers.values() if checker.wanted]
+        if waiting:
+            await self.serve(waiting[0])
+            return 0.0
+
+        checker = self.current
+        hurry = checker.was_touched()
+        await run_in_thread(checker.read_on, HURRY_BLOCKS if hurry else 1)
+        if checker.suspect is not None:
+            await self.confirm(checker)
+        return 0.0 if hurry else checker.pause_s()
+
+    async def serve(self, checker: Checker) -> None:
+        """Go over a file once for all who wait now."""
+        taken, checker.wanted = checker.wanted, []
+        self.checkers[checker.file] = self.checkers.pop(checker.file)  # the others come first
+        counters["proof_passes_total"] += 1
+        try:
+            await run_in_thread(checker.read_from_start, taken, asyncio.get_running_loop())
+        except OSError:
+            checker.suspect = None
+        left = [wanted for wanted in taken if not wanted.future.done()]
+
+        if checker.suspect is not None:
+            checker.wanted = left + checker.wanted
+            await self.confirm(checker)
+            return
+        for wanted in left:
+            wanted.settle(None)
+
+    async def confirm(self, checker: Checker) -> None:
+        """Read suspect bytes again, after a rotation had time to settle; alarm if they changed."""
+        await self.follow()
+        await asyncio.sleep(CONFIRM_S)
+        await self.follow()
+        changes = await run_in_thread(checker.find_changes)
+        self.on_generation()
+
+        if not changes:
+            counters["proof_false_suspicions_total"] += 1
+            logger.warning("bytes that seemed to have changed are what they were, read again")
+        elif checker is self.current:
+            self.raise_alarm(checker, describe(changes))
+        checker.accept_changes(changes)
+
+    def drop_idle_checkers(self) -> None:
+        """Let go of files that nobody asks about any more."""
+        for file, checker in list(self.checkers.items()):
+            needed = checker is self.current or checker in self.unfinished or checker.wanted
+            if not needed:
+                del self.checkers[file]
+
+    async def follow(self) -> None:
+        while await self.follower.check():
             await asyncio.sleep(0)
-        viewers.advance()
-        notify("WATCHDOG=1")  # a completed check, not a task that goes on without one
-        await asyncio.sleep(WINDOW)
-        await watch.wait(max(0.0, min(log.patience(), WATCHDOG) - WINDOW))
+
+    def raise_alarm(self, checker: Checker, sentence: str) -> None:
+        """Tell the operator and all viewers; the alarm stays until somebody accepts it."""
+        digest = checker.remembered or checker.known()
+        before = self.receipt(checker.file, checker.remembered_end or checker.end, digest)
+        self.alarm = self.alarm or sentence
+        counters["proof_alarms_total"] += 1
+        write_alarm(f"altered: {sentence}; it was: {before.line}")
+        self.announce()
+
+    # -- rotations --
+
+    def on_generation(self) -> None:
+        """Notice that the follower went on in another file; call it at each generation."""
+        file = self.follower.current
+        if file is not self.current.file:
+            self.unfinished.add(self.current)
+            self.retired.put_nowait((self.current, file.name))
+            self.current = self.checkers.setdefault(file, Checker(file))
+
+    async def finish_generation(self, checker: Checker, successor: str) -> None:
+        """Seal a file that is no longer the log, and see whether it is still what it was."""
+        try:
+            sealed = await self.seal(checker, successor)
+            await asyncio.sleep(CONFIRM_S)
+            await self.judge_retired(checker)
+            await asyncio.sleep(LATE_LINES_S)
+            while checker.file.end > sealed:
+                sealed = await self.seal(checker, successor)
+                await asyncio.sleep(LATE_LINES_S)
+        except OSError as error:
+            logger.warning("the rotated file cannot be checked: %s", error.strerror)
+        finally:
+            self.unfinished.discard(checker)
+
+    async def seal(self, checker: Checker, successor: str) -> int:
+        """Write the last anchor of a generation; return how many bytes it covers."""
+        file, end = checker.file, checker.file.end
+        if not end or not self.anchor_s or not file.is_unchanged():
+            return end
+        digest = await self.ask(file, end).future
+        if digest and not checker.changes:
+            receipt = self.receipt(file, end, digest)
+            write_line(receipt._replace(note=f" sealed_before={successor}").line)
+        return end
+
+    async def judge_retired(self, checker: Checker) -> None:
+        """Alarm unless all that was known of a former log is still there, here or in a copy."""
+        file = checker.file
+        if file.end < checker.end:  # it was cut, and something else may fill its place
+            checker.accept_changes(await run_in_thread(checker.find_changes))
+        changes, tail_changed = checker.changes, not file.is_unchanged()
+        if not changes and not tail_changed and (not checker.end or file.status().st_nlink):
+            return
+
+        digest = checker.remembered or checker.known()
+        receipt = self.receipt(file, checker.remembered_end or checker.end, digest)
+        path = self.follower.path
+        check = await run_in_thread(check_receipts, path, [receipt], datetime.UTC)
+        verdict = check.verdicts[0]
+        if verdict.state == "holds" and (not tail_changed or checker.end >= file.end):
+            return
+        if changes:
+            self.raise_alarm(checker, describe(changes))
+        elif tail_changed:
+            self.raise_alarm(checker, "the last bytes that were published changed, or are gone")
+        elif verdict.state == "fails":
+            self.raise_alarm(checker, verdict.detail)
+        else:
+            logger.warning("the former log was removed (%d bytes): %s", receipt.end, verdict.detail)
+
+    # -- anchors, silence, news --
+
+    async def anchor_forever(self) -> None:
+        while self.anchor_s:
+            await asyncio.sleep(self.anchor_s)
+            if not self.is_anchored():
+                file, end = self.follower.current, self.follower.current.end
+                self.write_anchor(file, end, await self.ask(file, end).future)
+
+    def is_anchored(self) -> bool:
+        """Return True if there is nothing new to anchor."""
+        file = self.follower.current
+        return not file.end or (file.name, file.end) == self.anchored
+
+    def write_anchor(self, file: LogFile, end: int, digest: Digest | None) -> None:
+        if digest:
+            receipt = self.receipt(file, end, digest)
+            self.anchored = receipt.generation, end
+            write_line(receipt.line)
+
+    async def write_last_anchor(self) -> None:
+        """Anchor what is new since the last time, if it can be read in no time."""
+        if not self.anchor_s or self.is_anchored():
+            return
+        self.on_generation()
+        file, end = self.current.file, self.current.file.end
+        future = self.ask(file, end).future
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(LAST_ANCHOR_S):
+                await self.serve(self.current)
+        if future.done():
+            self.write_anchor(file, end, future.result())
+
+    async def watch_silence(self) -> None:
+        """Say that the log has been silent for longer than it should."""
+        with contextlib.suppress(OSError):
+            file = self.follower.current
+            self.grown = file.name, file.end, file.modified_s()
+
+        silent = False
+        while self.expect_every_s:
+            await asyncio.sleep(min(1.0, self.expect_every_s / 4))
+            overdue = self.silent_s() > self.expect_every_s
+            if overdue and not silent:
+                counters["silences_total"] += 1
+                write_alarm(f"the log has been silent for over {self.expect_every_s:g} seconds")
+            elif silent and not overdue:
+                logger.info("the log is no longer silent")
+            silent = overdue
+
+    def silent_s(self) -> float:
+        """Return the seconds since the log last grew."""
+        file = self.follower.current
+        if (file.name, file.end) != self.grown[:2]:
+            self.grown = file.name, file.end, time.time()
+        return max(0.0, time.time() - self.grown[2])
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "proof_altered": 1 if self.alarm else 0,
+            "proof_known_bytes": self.current.end,
+            "proof_verified_time_seconds": self.current.verified_s,
+            "silent_seconds": self.silent_s(),
+        }
+
+    def announce(self) -> None:
+        """Tell all viewers: at once if the state is another one, else now and then."""
+        message = self.message()
+        news, now = (message["state"], self.alarm), time.monotonic()
+        pause_s = 10.0 if message["state"] == "unknown" else ANNOUNCE_S
+        if news == self.announced[:2] and now - self.announced[2] < pause_s:
+            return
+        self.announced = *news, now
+        self.broadcaster.broadcast_json(message)
+
+    def message(self) -> dict[str, Any]:
+        """Return what viewers are told: the state of the proof, and what was read for it."""
+        checker = self.current
+        bytes_known, now = checker.end, utc(time.time())
+        state, detail = "ok", f"unchanged since it was first read, {utc(checker.started_s)}"
+        if self.alarm:
+            state, detail = "altered", self.alarm
+        elif self.unreadable:
+            state, detail = "unknown", self.unreadable
+        elif not bytes_known:
+            state, detail = "unknown", "nothing has been read yet"
+        elif not checker.caught_up:
+            percent = 100 * bytes_known // max(1, checker.file.end)
+            state, detail = "unknown", f"reading the log: {percent} %"
+
+        message: dict[str, Any] = {"type": "proof", "state": state, "bytes": bytes_known}
+        sha256 = checker.known().sha256 if bytes_known else None
+        return message | {"sha256": sha256, "time": now, "detail": detail}
 
 
-async def give_up_stuck() -> None:
-    """Who takes nothing for a minute is cut off; its cursor stays good."""
-    while True:
-        await asyncio.sleep(5)
-        for connection in [connection for connection in Connection.everyone if connection.stuck()]:
-            connection.transport.abort()
+class Checkpoint(NamedTuple):
+    """The hash state of all bytes before an offset, and when they were last read."""
+
+    offset: int
+    state: hashlib._Hash
+    time_s: float
 
 
-async def run(doors: Doors, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    options = doors.options
-    log = Log(options.log, options.interval)
-    await log.check()
-    viewers = Viewers(log)
+class Change(NamedTuple):
+    """Bytes that are no longer what they were, since a time between two."""
+
+    start: int
+    end: int
+    good_s: float
+    found_s: float
+
+
+BY_OFFSET = operator.itemgetter(0)
+
+
+class Checker:
+    """What is known of the bytes of one file, and who waits for a digest of them.
+
+    The event loop owns `wanted`; everything else changes in the one thread that works for it.
+    """
+
+    def __init__(self, file: LogFile) -> None:
+        self.file = file
+        self.wanted: list[Wanted] = []
+
+        self.started_s = time.time()
+        self.verified_s = 0.0  # when the last pass over all of it ended
+        self.checkpoints = [Checkpoint(0, hashlib.sha256(), self.started_s)]
+        self.next_block = 0  # the index of the checkpoint where the idle reader goes on
+        self.suspect: int | None = None  # after this checkpoint other bytes were read than before
+        self.caught_up = False  # all that was published has been read once
+        self.changes: list[Change] = []
+
+        self.remembered: Digest | None = None  # of remembered_end bytes, before the first change
+        self.remembered_end = 0
+        self.touched = 0, 0  # time of change and size at the last look
+        self.hurry_blocks = 0  # still to be read at full speed
+        self.read_so_far = 0  # of the running pass
+        self.lock = threading.Lock()  # a cancelled thread may still be at its last piece
+
+    @property
+    def end(self) -> int:
+        return self.checkpoints[-1].offset
+
+    def known(self) -> Digest:
+        """Return the digest of all that is known."""
+        head = self.checkpoints[min(1, len(self.checkpoints) - 1)]
+        last = self.checkpoints[-1]
+        return Digest(head.state.hexdigest(), last.state.hexdigest(), last.time_s)
+
+    def progress(self, wanted: Wanted) -> int:
+        """Return how many bytes were read for somebody who waits."""
+        return 0 if wanted in self.wanted else self.read_so_far
+
+    def pause_s(self) -> float:
+        """Return the time between two blocks of the idle reader."""
+        if not self.caught_up:
+            return 1 / MOST_BLOCKS_PER_S
+        return min(1.0, max(1 / MOST_BLOCKS_PER_S, PASS_S / len(self.checkpoints)))
+
+    def was_touched(self) -> bool:
+        """Return True while the file is to be read at full speed: it changed but did not grow."""
+        status = self.file.status()
+        before, self.touched = self.touched, (status.st_ctime_ns, status.st_size)
+        if before[0] and before[0] != status.st_ctime_ns and before[1] == status.st_size:
+            self.hurry_blocks = len(self.checkpoints)
+            self.next_block = 0
+        return self.hurry_blocks > 0
+
+    def read_on(self, blocks: int, cancelled: threading.Event) -> None:
+        """Read what is new, then some blocks again."""
+        with self.lock:
+            self.read_new_block(cancelled)
+            for _ in range(blocks if self.caught_up else 0):
+                if self.suspect is None and not cancelled.is_set():
+                    self.read_known_block(cancelled)
+
+    def read_new_block(self, cancelled: threading.Event) -> None:
+        """Read up to a block of what was published since."""
+        last, published = self.checkpoints[-1], self.file.end
+        if last.offset < published:
+            index = len(self.checkpoints) - 1
+            self.read_block(index, min(published, next_edge(last.offset)), cancelled)
+        self.caught_up = self.caught_up or self.end == published
+
+    def read_known_block(self, cancelled: threading.Event) -> None:
+        """Read the next block again; after the last one begin with the first."""
+        self.hurry_blocks = max(0, self.hurry_blocks - 1)
+        index = self.next_block
+        if index + 1 < len(self.checkpoints):
+            self.read_block(index, self.checkpoints[index + 1].offset, cancelled)
+            self.next_block += 1
+        if self.next_block + 1 >= len(self.checkpoints):
+            self.next_block = 0
+            self.verified_s = time.time()
+
+    def read_block(self, index: int, end: int, cancelled: threading.Event) -> None:
+        """Read from a checkpoint to an offset, and compare the state there."""
+        start, state, _ = self.checkpoints[index]
+        reached, state = self.read_from(start, state, end, cancelled)
+        if cancelled.is_set():
+            return
+        if reached < end:
+            self.suspect = index
+        else:
+            self.compare(end, state)
+
+    def read_from(
+        self, start: int, state: hashlib._Hash, end: int, cancelled: threading.Event
+    ) -> tuple[int, hashlib._Hash]:
+        """Return how far there are bytes, and the state there."""
+        state = state.copy()
+        for piece in read_pieces(self.file, start, end, cancelled):
+            state.update(piece)
+            start += len(piece)
+            counters["proof_read_bytes_total"] += len(piece)
+        return start, state
+
+    def compare(self, offset: int, state: hashlib._Hash) -> None:
+        """Compare a state with the known one, or keep it if it is of new bytes."""
+        index = bisect.bisect_left(self.checkpoints, offset, key=BY_OFFSET)
+        checkpoint = Checkpoint(offset, state.copy(), time.time())
+        if index == len(self.checkpoints):
+            if offset > self.file.end:
+                return  # not published: room that a writer reserved may still change
+            if not is_edge(self.end):  # in the middle of a block, no longer needed
+                self.checkpoints.pop()
+            self.checkpoints.append(checkpoint)
+            return
+
+        known = self.checkpoints[index]
+        if known.offset == offset and known.state.digest() == state.digest():
+            self.checkpoints[index] = checkpoint
+        elif known.offset == offset:
+            self.suspect = index - 1
+
+    def read_from_start(
+        self, wanted: list[Wanted], loop: asyncio.AbstractEventLoop, cancelled: threading.Event
+    ) -> None:
+        """Go over the file from 0, and give those who wait their digests on the way.
+
+        Stops at the first block that is not what it was; a digest is given only once the
+        block that it ends in was compared.
+        """
+        stops = {stop for one in wanted for stop in (one.end, head_end(one.end))}
+        waiting = sorted(wanted, key=BY_OFFSET, reverse=True)
+        digests: dict[int, str] = {}
+        with self.lock:
+            edges = self.edges_for(stops)
+            last = edges[-1]
+            for offset, state in states_at(read_pieces(self.file, 0, last, cancelled), edges):
+                counters["proof_read_bytes_total"] += offset - self.read_so_far
+                self.read_so_far = offset
+                if offset in stops:
+                    digests[offset] = state.hexdigest()
+                self.compare(offset, state)
+                if self.suspect is not None or cancelled.is_set():
+                    break
+                while waiting and waiting[-1].end <= offset and (is_edge(offset) or offset == last):
+                    self.answer(waiting.pop(), digests, loop)
+
+            if self.read_so_far < min(self.end, last) and not cancelled.is_set():
+                self.suspect = self.suspect or 0
+            self.read_so_far = 0
+
+    def answer(
+        self, one: Wanted, digests: dict[int, str], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        head, sha256 = digests[head_end(one.end)], digests[one.end]
+        digest = Digest(head, sha256, time.time())
+        loop.call_soon_threadsafe(one.settle, digest)
+
+    def edges_for(self, stops: set[int]) -> list[int]:
+        """Return where a pass stops: for those who wait, and to compare each block."""
+        last = max(stops)
+        index = bisect.bisect_left(self.checkpoints, last, key=BY_OFFSET)
+        if index < len(self.checkpoints):
+            last = self.checkpoints[index].offset
+        blocks = range(BLOCK_BYTES, last, BLOCK_BYTES)
+        known = {head_end(last), min(self.end, last), last}
+        return sorted(known.union(stops, blocks))
+
+    def find_changes(self, cancelled: threading.Event) -> list[Change]:
+        """Read everything from the suspect checkpoint on again; return what is not as it was."""
+        changes: list[Change] = []
+        with self.lock:
+            known = self.checkpoints[self.suspect or 0 :]
+
+            for before, after in itertools.pairwise(known):
+                _, state = self.read_from(before.offset, before.state, after.offset, cancelled)
+                if cancelled.is_set() or state.digest() == after.state.digest():
+                    continue
+                change = Change(before.offset, after.offset, after.time_s, time.time())
+                if changes and changes[-1].end == change.start:
+                    change = changes.pop()._replace(end=change.end, found_s=change.found_s)
+                changes.append(change)
+        return changes
+
+    def accept_changes(self, changes: list[Change]) -> None:
+        """Go on from the bytes as they are now; what was known before is remembered."""
+        self.suspect = None
+        if not changes:
+            return
+        if not self.remembered:
+            self.remembered, self.remembered_end = self.known(), self.end
+        self.changes += changes
+        self.started_s = time.time()
+        first = bisect.bisect_right(self.checkpoints, changes[0].start, key=BY_OFFSET)
+        del self.checkpoints[first:]
+        self.next_block = self.hurry_blocks = 0
+
+
+def read_pieces(
+    file: LogFile, start: int, end: int, cancelled: threading.Event
+) -> Iterator[bytes]:
+    """Read a file in pieces that end at multiples of their size."""
+    while start < end and not cancelled.is_set():
+        stop = min(end, start - start % PIECE_BYTES + PIECE_BYTES)
+        piece = file.read_bytes(start, stop)
+        if not piece:
+            return
+        yield piece
+        start += len(piece)
+
+
+def states_at(
+    pieces: Iterable[bytes], edges: Iterable[int]
+) -> Iterator[tuple[int, hashlib._Hash]]:
+    """Hash pieces; yield the state at each edge (sorted offsets) that is reached, and at the end.
+
+    The state goes on being updated: keep a copy.
+    """
+    state, offset = hashlib.sha256(), 0
+    coming = iter(edges)
+    edge = next(coming, None)
+
+    for piece in itertools.chain([b""], pieces):
+        view = memoryview(piece)
+        while edge is not None and offset + len(view) >= edge:
+            state.update(view[: edge - offset])
+            view = view[edge - offset :]
+            offset = edge
+            yield offset, state
+            edge = next(coming, None)
+        state.update(view)
+        offset += len(view)
+    yield offset, state
+
+
+def head_end(end: int) -> int:
+    return min(FINGERPRINT_BYTES, end)
+
+
+def is_edge(offset: int) -> bool:
+    """Return True at the ends of blocks; the first 4 KiB are one, for the head."""
+    return offset == FINGERPRINT_BYTES or offset % BLOCK_BYTES == 0
+
+
+def next_edge(offset: int) -> int:
+    if offset < FINGERPRINT_BYTES:
+        return FINGERPRINT_BYTES
+    return offset - offset % BLOCK_BYTES + BLOCK_BYTES
+
+
+def describe(changes: list[Change]) -> str:
+    """Return where bytes changed, and between which times."""
+    first = changes[0]
+    place = f"between byte {first.start:,} and {first.end:,}"
+    more = " and elsewhere" if len(changes) > 1 else ""
+    times = f"between {utc(first.good_s)} and {utc(first.found_s)}"
+    return f"the log was changed {place}{more}, {times}"
+
+
+def utc(seconds_since_1970: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds_since_1970, datetime.UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def quoted_value(text: str) -> str:
+    """Return a value of a key=value line: as JSON text if it has white space or quotes in it."""
+    plain = text and text.isprintable() and not set(' "') & set(text)
+    return text if plain else json.dumps(text)
+
+
+def write_line(line: str) -> None:
+    """Write to standard output, wherever that leads; a full pipe or disk loses the line."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [1], [], 0)[1]:  # a pipe takes lines of up to 4 KiB whole
+            os.write(1, f"{line}\n".encode())
+
+
+def write_alarm(sentence: str) -> None:
+    """Write to standard error at error priority (sd-daemon(3))."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"<3>audit_stream: {sentence}\n".encode())
+
+
+# -- who read the log --
+
+
+class HistoryRecord:
+    """What clients read of the past: one line a minute for each."""
+
+    def __init__(self) -> None:
+        self.ranges: dict[tuple[str, str], list[ByteRange]] = {}
+        self.queries: set[tuple[str, ...]] = set()
+
+    def note(self, context: RequestContext, response: Response) -> None:
+        """Note an answer of /api/audit, /api/search or /api/counts."""
+        event = context.path.rpartition("/")[2]
+        if response.status_code == 206:
+            self.note_range(context, response.headers["Content-Range"])
+        elif response.status_code == 200 and event in ("search", "counts"):
+            self.note_query(event, context)
+
+    def note_query(self, event: str, context: RequestContext) -> None:
+        """Record a query once a minute: a page asks for a search piece by piece."""
+        client, name = context.client, context.user
+        query = context.query.get("q", "")[:500]
+        key = event, client, name, query
+        if key not in self.queries and len(self.queries) < 10_000:
+            self.queries.add(key)
+            record_access(event, client=client, name=name, query=query)
+
+    def note_range(self, context: RequestContext, content_range: str) -> None:
+        start, last = map(int, re.findall(r"\d+", content_range)[:2])
+        who = context.client, context.user
+        ranges = self.ranges.setdefault(who, [])
+        ranges.append((start, last + 1))
+        if len(ranges) > 256:
+            self.ranges[who] = merged(ranges)[:255]
+        if len(self.ranges) > 1000:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was read in this minute."""
+        everything, self.ranges = self.ranges, {}
+        self.queries.clear()
+        for (client, name), ranges in everything.items():
+            parts = merged(ranges)
+            offsets = ",".join(f"{start}-{end}" for start, end in parts[:16])
+            size = sum(end - start for start, end in parts)
+            record_access("read", client=client, name=name, bytes=size, offsets=offsets)
+
+    async def flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(60)
+            self.flush()
+
+
+def merged(ranges: list[ByteRange]) -> list[ByteRange]:
+    """Return ranges in order, those that touch as one."""
+    result: list[ByteRange] = []
+    for start, end in sorted(ranges):
+        if result and start <= result[-1][1]:
+            start, last = result.pop()
+            end = max(end, last)
+        result.append((start, end))
+    return result
+
+
+# -- do receipts still hold? --
+
+RECEIPT = re.compile(
+    r"""audit-stream:\ receipt
+    \ log=(?P<log>"(?:[^"\\]|\\.)*"|[^\s"]+)
+    \ generation=(?P<generation>\S+)
+    \ head=(?P<head>[0-9a-f]{64})
+    \ bytes=(?P<end>\d{1,18})
+    \ sha256=(?P<sha256>[0-9a-f]{64})
+    \ time=(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)""",
+    re.VERBOSE | re.ASCII,
+)
+DIGEST_ONLY = re.compile(rb"(\d{1,18}):([0-9a-f]{64})", re.IGNORECASE)
+
+
+class Verdict(NamedTuple):
+    """What became of a receipt."""
+
+    receipt: Receipt
+    state: str  # "holds", "fails", "gone" (with all that is older), "unknown"
+    detail: str
+    place: int = -1  # the index of the file that it holds in
+
+
+class Candidate(NamedTuple):
+    """A file that receipts may be about: the log or a rotated one."""
+
+    label: str  # its name without the folder
+    file: LogFile
+    compressed: str
+    begin: bytes  # the first 4 KiB of log in it
+
+    def pieces(self, cancelled: threading.Event) -> Iterator[bytes]:
+        """Read what was there at the beginning; raises OSError if it is damaged."""
+        if self.compressed:
+            return decompressed_pieces(self.file, self.compressed, cancelled)
+        return read_pieces(self.file, 0, self.file.size, cancelled)
+
+    def may_hold(self, receipt: Receipt) -> bool:
+        """Return True if the file begins like that of the receipt."""
+        begin = self.begin[: head_end(receipt.end)]
+        return receipt.head in ("", hashlib.sha256(begin).hexdigest())
+
+    def is_older_than(self, moment_s: float, times: TimeFormat | None) -> bool:
+        """Return True if the file was finished, or has entries from, before a moment."""
+        if self.file.modified_s() < moment_s - CLOCK_S:
+            return True
+        if times is None:
+            return False
+        stamps = map(times.time_of, self.begin.split(b"\n"))
+        oldest = min((stamp for stamp in stamps if stamp is not None), default=moment_s)
+        return oldest < moment_s - CLOCK_S
+
+
+def decompressed_pieces(
+    file: LogFile, compressed: str, cancelled: threading.Event, size: int = PIECE_BYTES
+) -> Iterator[bytes]:
+    """Decompress on the way, without a copy; raises OSError if the file is damaged."""
+    try:
+        with file.open() as source, COMPRESSED[compressed](source) as stream:
+            while not cancelled.is_set() and (piece := stream.read(size)):
+                yield piece
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise OSError(errno.EINVAL, f"is damaged, or not a .{compressed} file") from error
+
+
+def verify_receipts(options: Options) -> int:
+    """Check receipts against the log and its rotated files.
+
+    Returns 0 if all hold, 1 if one does not, 2 for nonsense, 3 if none could be checked.
+    """
+    lines: Iterable[bytes] = sys.stdin.buffer
+    if options.verify != "-":
+        lines = os.fsencode(options.verify or "").splitlines()
+    receipts = [receipt for line in lines for receipt in receipts_in(line)]
+    if options.verify != "-" and not receipts:
+        print("audit_stream.py: --verify takes BYTES:SHA256, a receipt or -", file=sys.stderr)
+        return 2
+
+    check = check_receipts(options.log, receipts, options.zone, threading.Event())
+    failed = [verdict for verdict in check.verdicts if verdict.state == "fails"]
+    for receipt, _, detail, _ in failed[:MAX_SHOWN]:
+        print(f"does not hold: {detail}: {receipt.line if receipt.head else receipt.end}")
+    if len(failed) > MAX_SHOWN:
+        print(f"and {len(failed) - MAX_SHOWN:,} more do not hold")
+    print(check.summary())
+
+    if failed:
+        return 1
+    return 0 if any(verdict.state == "holds" for verdict in check.verdicts) else 3
+
+
+def receipts_in(line: bytes) -> list[Receipt]:
+    """Find the receipts in a line of anything: text, a journal entry, JSON."""
+    if bare := DIGEST_ONLY.fullmatch(line.strip()):
+        end, sha256 = int(bare[1]), bare[2].decode().lower()
+        return [Receipt("", "", "", end, sha256, "")]
+    if b"audit-stream: receipt" not in line:
+        return []
+    text = line.decode(errors="replace")
+    found = list(RECEIPT.finditer(text))
+    if not found and "\\" in text:  # inside of a JSON text
+        found = list(RECEIPT.finditer(re.sub(r"\\(.)", r"\1", text)))
+    return [receipt_of(match.groupdict()) for match in found]
+
+
+def receipt_of(fields: dict[str, str]) -> Receipt:
+    name = fields["log"]
+    with contextlib.suppress(ValueError):
+        name = json.loads(name) if name.startswith('"') else name
+    end, sha256 = int(fields["end"]), fields["sha256"]
+    return Receipt(name, fields["generation"], fields["head"], end, sha256, fields["time"])
+
+
+def check_receipts(
+    path: str, receipts: list[Receipt], zone: datetime.tzinfo, cancelled: threading.Event
+) -> ReceiptCheck:
+    """Check receipts in one pass over the log and its rotated files.
+
+    What does not hold is read again before it is said: files may be rotated meanwhile.
+    """
+    check = ReceiptCheck(path, receipts, zone, cancelled)
+    for _ in range(2):
+        if not any(verdict.state == "fails" for verdict in check.verdicts):
+            break
+        before = check.verdicts
+        check = ReceiptCheck(path, receipts, zone, cancelled)
+        for index, verdict in enumerate(before):
+            if verdict.state == "holds":
+                check.verdicts[index] = verdict
+    return check
+
+
+class ReceiptCheck:
+    """The verdicts about receipts, from one pass over the log and its rotated files."""
+
+    def __init__(
+        self,
+        path: str,
+        receipts: list[Receipt],
+        zone: datetime.tzinfo,
+        cancelled: threading.Event,
+    ) -> None:
+        self.name = os.fsencode(os.path.basename(path)).decode(errors="replace")
+        self.receipts, self.zone, self.cancelled = receipts, zone, cancelled
+        self.candidates: list[Candidate] = []  # newest first
+        self.unreadable = ""  # a file that cannot be read, and why
+        self.sizes: dict[int, int] = {}  # of candidates, in bytes of log
+        self.found: dict[int, Verdict] = {}
+
+        self.open(path, "")
+        for name in rotated_files(path):
+            self.open(name.path, name.compressed)
+        for place in range(len(self.candidates)):
+            self.compare(place)
+        self.verdicts = [
+            self.found.get(index) or self.judge_missing(receipt)
+            for index, receipt in enumerate(receipts)
+        ]
+
+    def open(self, path: str, compressed: str) -> None:
+        label = os.path.basename(path)
+        try:
+            file = open_log_file(path)
+            begin = file.read_bytes(0, FINGERPRINT_BYTES)
+            if compressed:
+                pieces = decompressed_pieces(file, compressed, self.cancelled, FINGERPRINT_BYTES)
+                begin = next(pieces, b"")
+
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.unreadable = f"{label}: {error.strerror}"
+            return
+        self.candidates.append(Candidate(label, file, compressed, begin))
+
+    def compare(self, place: int) -> None:
+        """Compare the digests of one file with what is said of it."""
+        candidate = self.candidates[place]
+        mine = {
+            index: receipt
+            for index, receipt in enumerate(self.receipts)
+            if receipt.end and candidate.may_hold(receipt) and not self.holds(index)
+        }
+        if not mine:
+            return
+
+        digests: dict[int, str] = {}
+        size, damage = 0, ""
+        try:
+            stops = sorted({receipt.end for receipt in mine.values()})
+            for size, state in states_at(candidate.pieces(self.cancelled), stops):
+                digests[size] = state.hexdigest()
+        except OSError as error:
+            damage = f"{candidate.label} {error.strerror}"
+            digests.clear()
+
+        self.sizes[place] = size
+
+        self.judge(place, mine, digests, size, damage)
+
+    def judge(
+        self,
+        place: int,
+        receipts: dict[int, Receipt],
+        digests: dict[int, str],
+        size: int,
+        damage: str,
+    ) -> None:
+        """Say which receipts hold in a file, and between which of them it changed."""
+        label, held = self.candidates[place].label, 0
+        for index in sorted(receipts, key=lambda index: receipts[index].end):
+            receipt = receipts[index]
+            end = receipt.end
+            if digests.get(end) == receipt.sha256:
+                held = end
+                self.found[index] = Verdict(receipt, "holds", label, place)
+                continue
+
+            detail = f"{label} was changed between byte {held:,} and {end:,}"
+            if end > size:
+                detail = f"{label} has only {size:,} of {end:,} bytes"
+            self.found[index] = Verdict(receipt, "fails", damage or detail)
+
+    def holds(self, index: int) -> bool:
+        return index in self.found and self.found[index].state == "holds"
+
+    def judge_missing(self, receipt: Receipt) -> Verdict:
+        """Judge a receipt whose file is gone: together with all that is older, or on its own."""
+        if self.unreadable or not self.candidates or not receipt.end:
+            return Verdict(receipt, "unknown", self.unreadable or "there is nothing to check")
+        if not receipt.head:
+            return Verdict(receipt, "fails", "no file has these bytes")
+        if receipt.log != self.name:
+            return Verdict(receipt, "unknown", f"it is of another log: {receipt.log}")
+
+        first = self.first_times[receipt.head]
+        moment_s = datetime.datetime.fromisoformat(first).timestamp()
+        for candidate in reversed(self.candidates):
+            if candidate.is_older_than(moment_s, self.times):
+                detail = f"its file is gone, although {candidate.label} has what is older"
+                return Verdict(receipt, "fails", detail)
+        return Verdict(receipt, "gone", "its file is gone, together with all that is older")
+
+    @functools.cached_property
+    def first_times(self) -> dict[str, str]:
+        """Return when each file, by its head, had its first receipt."""
+        latest_first = sorted(self.receipts, key=lambda receipt: receipt.time, reverse=True)
+        return {receipt.head: receipt.time for receipt in latest_first}
+
+    @functools.cached_property
+    def times(self) -> TimeFormat | None:
+        files = [candidate.file for candidate in self.candidates if not candidate.compressed]
+        return detect_time_format(files[0], self.zone) if files else None
+
+    def newer_bytes(self) -> int:
+        """Return how many bytes came after the last receipt that holds."""
+        newer = 0
+        for place, candidate in enumerate(self.candidates):
+            if place not in self.sizes:
+                with contextlib.suppress(OSError):
+                    self.sizes[place] = sum(map(len, candidate.pieces(self.cancelled)))
+            held = [verdict.receipt.end for verdict in self.verdicts if verdict.place == place]
+            newer += self.sizes.get(place, 0) - max(held, default=0)
+            if held:
+                break
+        return newer
+
+    def summary(self) -> str:
+        """Return the one line that says it all."""
+        states = collections.Counter(verdict.state for verdict in self.verdicts)
+        holds, fails, newer = states["holds"], states["fails"], self.newer_bytes()
+        parts = [f"{holds:,} {'holds' if holds == 1 else 'hold'}"]
+        if fails:
+            parts.append(f"{fails:,} {'does' if fails == 1 else 'do'} not hold")
+        if states["unknown"]:
+            parts.append(f"{states['unknown']:,} could not be checked")
+        parts.append(f"{states['gone']:,} of a file that is gone")
+        parts.append(f"{newer:,} {'byte is' if newer == 1 else 'bytes are'} newer than the last")
+
+        count, plural = len(self.receipts), "s" if len(self.receipts) != 1 else ""
+        return f"{count:,} receipt{plural}{receipt_span(self.receipts)}: {'; '.join(parts)}"
+
+
+def receipt_span(receipts: list[Receipt]) -> str:
+    """Return from when to when receipts are, as in ", 2026-01-02 to today"."""
+    today = utc(time.time())[:10]
+    days = sorted(receipt.time[:10] for receipt in receipts if receipt.time)
+    if not days:
+        return ""
+    first, last = days[0], days[-1].replace(today, "today")
+    return f", {last}" if days[0] == days[-1] else f", {first} to {last}"
+
+
+# ---- 10 Service ----------------------------------------------------------------------------------
+# One process from its start to its stop, and the limits of the machine that it lives in.
+
+ServiceWork = Coroutine[Any, Any, None]
+START_TIME_S = time.time()
+WATCHDOG_S = int(os.environ.get("WATCHDOG_USEC", 86_400_000_000)) / 2e6  # sd_watchdog_enabled(3)
+ACCEPT_BATCH = 32  # connections in one go: asyncio would take as many as may wait
+STOP_S = 1.8  # from the signal to the end of the process
+APPEND_WAIT_S = 5.0  # for the lock, which everybody who may read the log may hold
+
+
+async def run(options: Options, access: AccessControl, page: bytes, limits: Limits) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError if the address is not to be had."""
+    listener = open_listener(options)
+    stop, reload = catch_signals()
+
+    # What is served, and to whom.
+    follower = LogFollower(options.log, options.interval)
+    await follower.check()
+    connections = Connections(limits.viewers, limits.others, access.tls)
+    broadcaster = Broadcaster(follower, connections)
+    proof = Proof(follower, broadcaster, options.anchor, options.expect_every or 0.0)
+    files = FileSet(follower, options.zone)
+    site = Site(access, broadcaster, History(options.zone), files, proof, page)
+
+    # Open the port, then say so.
+    server = await open_server(site, options.initial, listener)
+    listener.listen(min(1024, limits.others // 2))  # the default drops some in a storm
+    with contextlib.suppress(OSError):  # wherever standard output leads, even to a full disk
+        os.write(1, f"{address_to_open(options, access, listener)}\n".encode())
+    sd_notify("READY=1")
+
+    # Work until the stop.
+    works = [
+        follow(follower, broadcaster),
+        connections.abort_stalled(),
+        reload_credentials(access, connections, reload),
+        proof.run(),
+    ]
+    if options.demo:
+        works.append(write_demo_entries(options.log))
+    try:
+        await run_until(stop, works)
+    finally:
+        sd_notify("STOPPING=1")
+        await close(server, connections)
+
+
+def catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Return what SIGTERM or SIGINT sets, and what SIGHUP sets."""
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(Complaints())
-    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
-        loop.add_signal_handler(number, event.set)
-    server = await serve(
-        functools.partial(watch_along, viewers, options.initial),
+    loop.set_exception_handler(LoopErrorLog())
+
+    def end(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not spoil the exit code
+            signal.signal(number, signal.SIG_IGN)
+        exit_after(STOP_S)  # the loop may be busy for longer
+        loop.call_soon_threadsafe(stop.set)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    return stop, reload
+
+
+def exit_after(delay_s: float) -> None:
+    """End the process then, whatever is still going on: 10,000 viewers take longer."""
+    timer = threading.Timer(delay_s, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+async def open_server(site: Site, initial_bytes: int, listener: socket.socket) -> Server:
+    connections = site.broadcaster.connections
+
+    return await serve(
+        functools.partial(handle_viewer, site.broadcaster, initial_bytes),
         sock=listener,
-        ssl=doors.tls,
-        ssl_handshake_timeout=5 if doors.tls else None,  # seconds; who says nothing is counted only after it
-        backlog=min(1024, Connection.most_unasked // 2),  # the default drops some in a storm
-        process_request=functools.partial(respond, doors, viewers),
+        backlog=ACCEPT_BATCH,
+        process_request=functools.partial(respond, site),
         select_subprotocol=lambda _, offered: PROTOCOL if PROTOCOL in offered else None,
-        create_connection=Connection,
+        create_connection=functools.partial(Connection, connections),  # type: ignore[arg-type]
         server_header=None,
         compression=None,
         max_size=KIB,
-        ping_timeout=None,  # pongs wait behind data; `stuck` looks for progress instead
+        open_timeout=None,  # an answer takes as long as it moves; see Connections.abort_stalled
+        ping_timeout=None,  # pongs wait behind data
     )
-    with contextlib.suppress(OSError):  # wherever standard output leads, even to a full disk
-        os.write(1, f"{address_to_open(doors, listener.getsockname()[1])}\n".encode())
-    notify("READY=1")
-    works = [follow(log, viewers), give_up_stuck(), reread(doors, reload)]
-    if options.demo:
-        works.append(demonstrate(options.log))
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(work) for work in works]
-            await stop.wait()
-            for task in running:
-                task.cancel()
-    finally:
-        notify("STOPPING=1")
-        for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not spoil the exit code
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-        await close(server)
 
 
-async def reread(doors: Doors, wanted: asyncio.Event) -> None:
-    """On SIGHUP the certificate and the token; what cannot be used leaves everything as it is."""
-    while await wanted.wait():
-        wanted.clear()
-        try:
-            if doors.tls:
-                tls_context(doors.options)  # a failure must not touch the live one
-                load_certificate(doors.tls, doors.options)
-        except OSError as error:
-            logger.warning("the certificate stays as it is: %s: %s", error.filename, error.strerror)
-        try:
-            token = read_token(doors.options) or doors.token  # a generated one, or a credential that is gone
-        except OSError as error:
-            logger.warning("the access token stays as it is: %s: %s", error.filename, error.strerror)
-            continue
-        if token != doors.token:
-            doors.token = token
-            leaving = [viewer.close(1008, "the access token was changed") for viewer in Connection.viewers]
-            await asyncio.gather(*leaving, return_exceptions=True)
+async def run_until(stop: asyncio.Event, works: list[ServiceWork]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(work) for work in works]
+        await stop.wait()
+        for task in running:
+            task.cancel()
 
 
-async def close(server: Server) -> None:
-    """Close the viewers with 1001; what has not ended after a second is cut off, half-sent requests too."""
+async def close(server: Server, connections: Connections) -> None:
+    """Close the viewers with 1001, and abort whatever has not ended after a second."""
+    # Stop accepting. asyncio would drop whoever it accepted just now, without closing the socket.
+    loop = asyncio.get_running_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    # Close.
     server.close()
     closed = asyncio.create_task(server.wait_closed())
+    for connection in list(connections.awaiting_request):
+        connection.abort()
     await asyncio.wait([closed], timeout=1)
-    for connection in list(Connection.everyone):
-        connection.transport.abort()
-    await closed
+
+    # Abort.
+    while not closed.done():
+        connections.abort_all()
+        await asyncio.sleep(0.01)
 
 
-class Complaints:
-    """What goes wrong outside of any task, once a minute: with no file descriptor left it is very often."""
+async def reload_credentials(
+    access: AccessControl, connections: Connections, wanted: asyncio.Event
+) -> None:
+    while await wanted.wait():
+        wanted.clear()
+        await access.reload(connections.viewers)
 
-    last = -60.0
+
+def open_listener(options: Options) -> socket.socket:
+    """Return a listening socket; `::` takes IPv4 too. Raises OSError if there is none."""
+    host, kind = options.host, socket.SOCK_STREAM
+    try:
+        family, *_, address = socket.getaddrinfo(host, options.port, type=kind)[0]
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "is not a valid host name", host) from None
+    both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(
+        address, family=family, dualstack_ipv6=both, reuse_port=options.reuse_port
+    )
+
+
+def address_to_open(options: Options, access: AccessControl, listener: socket.socket) -> str:
+    """Return the URL as it was given, or with this machine's name if it listens on all."""
+    host = options.host
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    if ":" in host:
+        host = f"[{host}]"
+    scheme = "https" if access.tls else "http"
+    token = f"?token={access.tokens[0].secret.decode()}" if access.generated else ""
+    return f"{scheme}://{host}:{listener.getsockname()[1]}/{token}"
+
+
+# Limits: file descriptors, what asyncio says once there is none left, garbage collection.
+
+
+class Limits(NamedTuple):
+    """How many connections of which kind there may be."""
+
+    viewers: int
+    others: int
+
+
+def raise_fd_limit(max_viewers: int) -> Limits:
+    """Raise the soft limit of open files as far as it goes; return what fits into it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for soft in (hard, 65536, 10240):  # macOS names no hard limit, and takes 10240
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            break
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = 1 << 20
+    others = min(4096, soft // 4)
+    fitting = soft - others - min(256, soft // 4)
+    if max_viewers > fitting:
+        logger.warning("only %d viewers: the limit of open files is %d", fitting, soft)
+    return Limits(min(max_viewers, fitting), others)
+
+
+class LoopErrorLog:
+    """What fails outside of any task, once a minute: with no file descriptor left it is often."""
+
+    last_s = -60.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, asyncio.CancelledError):
-            return  # a TLS handshake at the stop
+            return  # at the stop
         if not isinstance(error, OSError):
             return loop.default_exception_handler(context)
-        if time.monotonic() - self.last > 60:
-            self.last = time.monotonic()
+        if time.monotonic() - self.last_s > 60:
+            self.last_s = time.monotonic()
             logger.warning("%s: %s", context["message"], error.strerror)
 
 
-def notify(state: str) -> None:
+def tame_garbage_collector() -> None:
+    """Make full collections rare: with 10,000 connections one stops the loop for a second.
+
+    It would find next to nothing, see Connection.break_cycles.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
+
+
+def sd_notify(state: str) -> None:
     """Tell systemd (sd_notify(3)); nothing happens without it."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        unix, datagram = socket.AF_UNIX, socket.SOCK_DGRAM
+        with contextlib.suppress(OSError), socket.socket(unix, datagram) as channel:
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
-def listen(options: argparse.Namespace) -> socket.socket:
-    """A listening socket; `::` takes IPv4 too. OSError when the address is not to be had."""
-    host = options.host
-    try:
-        family, *_, address = socket.getaddrinfo(host, options.port, type=socket.SOCK_STREAM)[0]
-    except UnicodeError:
-        raise OSError(errno.EINVAL, "is no host name", host) from None
-    both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(address, family=family, dualstack_ipv6=both, reuse_port=options.reuse_port)
+METRICS = {
+    "answer_bytes": "Bytes in answers that are under way.",
+    "behind_bytes": "Bytes in the log that were not published yet.",
+    "build_info": "Versions, as labels.",
+    "generations_total": "Lives of the log that began, by reason.",
+    "read_bytes_total": "Bytes of the log that were read and published.",
+    "read_lines_total": "Lines of the log that were read and published.",
+    "refused_requests_total": "Requests that were refused, by status.",
+    "searches_total": "Searches that were begun.",
+    "sent_bytes_total": "Bytes of the log that were sent to viewers.",
+    "silences_total": "Times that the log was silent for longer than --expect-every.",
+    "silent_seconds": "Seconds since the log last grew, with --expect-every.",
+    "start_time_seconds": "Start of the process, in seconds since 1970.",
+    "viewers": "Viewers, by state.",
+}
 
 
-def address_to_open(doors: Doors, port: int) -> str:
-    """As it was given, or with this machine's name where all addresses are listened on."""
-    host = socket.gethostname() if doors.options.host in ("0.0.0.0", "::") else doors.options.host
-    host = f"[{host}]" if ":" in host else host
-    token = f"?token={doors.token.decode()}" if doors.options.generated else ""
-    return f"{'https' if doors.tls else 'http'}://{host}:{port}/{token}"
+def metrics(site: Site) -> str:
+    """Return the text format of Prometheus."""
+    broadcaster = site.broadcaster
+    connections, current = broadcaster.connections, broadcaster.follower.current
+    live = len(broadcaster.live)
+    versions = f'version="{VERSION}",websockets="{websockets.version.version}"'
+    now = {
+        'viewers{state="live"}': live,
+        'viewers{state="catching_up"}': len(connections.viewers) - live,
+        "answer_bytes": connections.answer_bytes,
+        "behind_bytes": max(0, broadcaster.follower.size - current.end),
+        "start_time_seconds": START_TIME_S,
+        f"build_info{{{versions}}}": 1,
+        **site.proof.metrics(),
+    }
+
+    lines: list[str] = []
+    family = ""
+    for name, value in sorted({**now, **counters}.items()):
+        if name.partition("{")[0] != family:
+            family = name.partition("{")[0]
+            kind = "counter" if family.endswith("_total") else "gauge"
+            lines.append(f"# HELP audit_stream_{family} {METRICS.get(family, family)}")
+            lines.append(f"# TYPE audit_stream_{family} {kind}")
+        lines.append(f"audit_stream_{name} {value}")
+    return "\n".join(lines) + "\n"
 
 
-def limit_files(options: argparse.Namespace) -> None:
-    """Raise the soft limit of open files as far as it goes, and cut what needs them to fit."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    Connection.most_unasked = min(4096, most // 4)
-    fitting = most - Connection.most_unasked - min(256, most // 4)
-    if options.max_viewers > fitting:
-        logger.warning("only %d viewers: the limit of open files is %d", fitting, most)
-        options.max_viewers = fitting
+# Writing to the log: --append and --demo.
 
 
 def append_entry(path: str, text: str) -> None:
-    """Add an entry, durably, whole and on a line of its own; OSError when it is not in the log."""
-    now = datetime.datetime.now(datetime.UTC)
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+    """Add an entry, durably, whole and on a line of its own. Raises OSError if it is not there."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:  # a link that leads nowhere does not say where to create a file
+        fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+
     with open(fd, "r+b", buffering=0) as log:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", path)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        lock(fd, path)
+        now = datetime.datetime.now(datetime.UTC)
+        entry = os.fsencode(f"[{now:%Y-%m-%dT%H:%M:%S.%fZ}] {text}\n")
         size = os.fstat(fd).st_size
-        begun = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        entry = b"\n" * begun + os.fsencode(f"[{now:%Y-%m-%dT%H:%M:%S.%fZ}] {text}\n")
+        if size > 0 and os.pread(fd, 1, size - 1) != b"\n":
+            entry = b"\n" + entry
+
         written = 0
         try:
             while written < len(entry):
@@ -2014,7 +6285,19 @@ def append_entry(path: str, text: str) -> None:
         os.fsync(fd)
 
 
-DEMO = (
+def lock(fd: int, path: str) -> None:
+    """Raises OSError if another process keeps the lock."""
+    deadline = time.monotonic() + APPEND_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EAGAIN, "another process keeps it locked", path) from None
+        time.sleep(0.02)
+
+
+DEMO_ENTRIES = (
     "Auto-repair: Created PostgreSQL database quantum",
     "Auto-repair: Restarted Grafana container",
     "Auto-repair: Fixed database issue",
@@ -2025,123 +6308,225 @@ DEMO = (
 )
 
 
-async def demonstrate(path: str) -> None:
-    """A plausible entry every second."""
+async def write_demo_entries(path: str) -> None:
     while True:
-        append_entry(path, random.choice(DEMO))
+        append_entry(path, random.choice(DEMO_ENTRIES))
         await asyncio.sleep(1)
 
 
-# Command line
+# ---- 11 Command line -----------------------------------------------------------------------------
+# Options, checked, and what is done with them. A failure is one line on standard error.
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"audit_stream.py: {message}\n")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What was said on the command line."""
+
+    log: str
+    host: str
+    port: int
+    interval: float
+    initial: int
+    zone: datetime.tzinfo
+    token_file: str | None
+    no_auth: bool
+    tls_cert: str | None
+    tls_key: str | None
+    allow_host: list[str]
+    allow_origin: list[str]
+    trust_proxy: str | None  # "loopback", or an address
+    max_viewers: int
+    rate_limit: int
+    reuse_port: bool
+    append: str | None
+    anchor: float  # seconds; 0 is never
+    verify: str | None
+    expect_every: float | None  # seconds
+    demo: bool
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
-        return int(text)
+def main(argv: list[str] | None = None) -> int:
+    """Return 0 after a stop, 1 for what cannot be done, 2 for bad usage."""
+    logging.basicConfig(format="audit_stream: %(message)s")
+    logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # standard error may be on a full disk
+    logging.getLogger("websockets").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a line for each pong after a reset
+    warnings.simplefilter("ignore", FutureWarning)  # [a&&b]: it may get a meaning one day
+    options = parse_options(argv)
 
-    return convert
+    try:
+        if options.verify is not None:
+            code = verify_receipts(options)
+        elif options.append is not None:
+            code = 0
+            append_entry(options.log, options.append)
+        else:
+            code = serve_log(options)
+    except OSError as error:
+        subject = options.log
+        if options.verify is None and options.append is None:
+            subject = f"{options.host}:{options.port}"
+        reason = error.strerror or error
+        print(f"audit_stream.py: {error.filename or subject}: {reason}", file=sys.stderr)
+        code = 1
 
-
-def seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 86400:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most 86400")
-
-
-def origin(text: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s?#@]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://example.org:8443")
-    return origin_of(text)
-
-
-def proxy(text: str) -> str:
-    if text != "loopback" and not ip(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no IP address")
-    return str(ip(text) or text)
-
-
-def parser() -> Parser:
-    parser = Parser(prog="audit_stream.py", description="Watch an audit log live in a browser.", allow_abbrev=False)
-    option = parser.add_argument
-    option("--log", metavar="PATH", help="the log; it may appear later, and may be rotated")
-    option("--host", metavar="ADDRESS", default="127.0.0.1", help="listen address (default: %(default)s)")
-    option("--port", metavar="N", type=whole(0, 65535), default=8080, help="0: any free one (default: %(default)s)")
-    option("--interval", metavar="SECONDS", type=seconds, default=3.0, help="of the size check (default: 3)")
-    option("--initial", metavar="BYTES", type=whole(0, FRAME), default=1000, help="first shown (default: %(default)s)")
-    option("--token-file", metavar="PATH", help="access token; else AUDIT_STREAM_TOKEN or a systemd credential")
-    option("--no-auth", action="store_true", help="open to everyone who can reach the port")
-    option("--tls-cert", metavar="PATH", help="serve HTTPS and WSS; read again on SIGHUP")
-    option("--tls-key", metavar="PATH", help="the key of the certificate")
-    option("--allow-host", metavar="NAME", type=str.lower, action="append", default=[], help="a further own name")
-    option("--allow-origin", metavar="ORIGIN", type=origin, action="append", default=[], help="of a further page")
-    option("--trust-proxy", metavar="ADDRESS", type=proxy, nargs="?", const="loopback", help="take its X-Forwarded-…")
-    option("--max-viewers", metavar="N", type=whole(1, 10**6), default=10000, help="(default: %(default)s)")
-    option("--rate-limit", metavar="N", type=whole(0, 10**6), default=600, help="answers a minute and client address")
-    option("--reuse-port", action="store_true", help="several processes may share the port")
-    option("--append", metavar="TEXT", help="write an entry to the log and exit")
-    option("--demo", action="store_true", help="follow a throw-away log that gains an entry every second")
-    option("--version", action="version", version=f"audit_stream.py {VERSION}")
-    return parser
+    try:
+        sys.stderr.flush()
+    except OSError:  # a full disk: what is left in the buffer must not spoil the exit code
+        with contextlib.suppress(OSError):
+            sys.stderr.close()
+    return code
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    options = parser().parse_args(argv)
+def serve_log(options: Options) -> int:
+    page = read_page()
+    access = AccessControl(options, page)
+    if access.generated and options.reuse_port:
+        argument_parser().error("--reuse-port needs a token that all processes know")
+    limits = raise_fd_limit(options.max_viewers)
+    tame_garbage_collector()
+
+    with demo_folder() if options.demo else contextlib.nullcontext("") as folder:
+        if options.demo:
+            options = dataclasses.replace(options, log=os.path.join(folder, "DEMO_AUDIT.log"))
+        asyncio.run(run(options, access, page, limits))
+    return 0
+
+
+def read_page() -> bytes:
+    """Return the page that lies beside this file. Raises OSError if there is none."""
+    folder = Path(__file__).resolve().parent
+    for name in ("static", "audit_stream_static"):  # the second one is pip's
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return (folder / name / "index.html").read_bytes()
+    sentence = "the page is missing: copy audit_stream.py and the folder static (no zipapp)"
+    raise OSError(errno.ENOENT, sentence, str(folder / "static" / "index.html"))
+
+
+def demo_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "--demo") from None
+
+
+def parse_options(argv: list[str] | None) -> Options:
+    options = Options(**vars(argument_parser().parse_args(argv)))
+    own_log = options.append is not None or options.verify is not None
+    line = options.append or ""
+
     wrong = {
         "one of --log PATH and --demo is needed": not options.log and not options.demo,
         "--demo has a log of its own": options.log and options.demo,
-        "--append needs --log PATH": options.append is not None and options.demo,
-        "--append takes one line of text": re.search(r"[\r\n]", options.append or ""),
+        "--append and --verify need --log PATH": own_log and options.demo,
+        "--append and --verify exclude each other": None not in (options.append, options.verify),
+        "--append takes one line of text": "\n" in line or "\r" in line,
         "--tls-cert and --tls-key need each other": bool(options.tls_cert) != bool(options.tls_key),
         "--no-auth and --token-file exclude each other": options.no_auth and options.token_file,
         "--host is empty": not options.host,
     }
+
     for sentence, applies in wrong.items():
         if applies:
-            parser().error(sentence)
+            argument_parser().error(sentence)
     return options
 
 
-def watch(options: argparse.Namespace) -> None:
-    page = (Path(__file__).parent / "static" / "index.html").read_bytes()
-    token = read_token(options)
-    local = options.host == "localhost" or getattr(ip(options.host), "is_loopback", False)
-    options.generated = not token and not options.no_auth and not local
-    if options.generated and options.reuse_port:
-        parser().error("--reuse-port needs a token that all processes know")
-    doors = Doors(options, secrets.token_urlsafe(24).encode() if options.generated else token, page)
-    limit_files(options)
-    with tempfile.TemporaryDirectory() if options.demo else contextlib.nullcontext("") as folder:
-        options.log = options.log or os.path.join(folder, "DEMO_AUDIT.log")
-        with listen(options) as listener:
-            asyncio.run(run(doors, listener))
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"audit_stream.py: {message}\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 after a stop, 1 for what cannot be done, 2 for bad usage."""
-    logging.basicConfig(format="audit_stream: %(message)s")
-    logger.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # standard error may be on a full disk
-    warnings.simplefilter("ignore", FutureWarning)  # [a&&b] in a query: Python means to give that a meaning one day
-    logging.getLogger("websockets").setLevel(logging.ERROR)
-    options = parse(argv)
-    try:
-        if options.append is None:
-            watch(options)
-        else:
-            append_entry(options.log, options.append)
-    except OSError as error:
-        what = error.filename or (options.log if options.append is not None else f"{options.host}:{options.port}")
-        print(f"audit_stream.py: {what}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+def argument_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="audit_stream.py",
+        description="Watch an audit log live in a browser.",
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    option("--log", metavar="PATH", help="the log; it may appear later, and may be rotated")
+    option("--host", metavar="ADDRESS", default="127.0.0.1", help="listen address (%(default)s)")
+    option("--port", metavar="N", type=integer(0, 65535), default=8080, help="0: any (8080)")
+    option(
+        "--interval", metavar="SECONDS", type=duration, default=3.0, help="of size checks (3)"
+    )
+    option("--initial", metavar="BYTES", type=integer(0, MAX_MESSAGE), default=1000, help=INITIAL)
+    option("--zone", metavar="ZONE", type=time_zone, default=datetime.UTC, help=ZONE_HELP)
+    option("--token-file", metavar="PATH", help="tokens, each TOKEN or NAME TOKEN on its line")
+    option("--no-auth", action="store_true", help="open to everyone who can reach the port")
+    option("--tls-cert", metavar="PATH", help="serve HTTPS and WSS; read again on SIGHUP")
+    option("--tls-key", metavar="PATH", help="the key of the certificate")
+    option("--allow-host", metavar="NAME", action="append", default=[], help=HOSTS)
+    option("--allow-origin", metavar="ORIGIN", type=origin, action="append", default=[], help=PAGES)
+    option("--trust-proxy", metavar="ADDRESS", type=proxy, nargs="?", const="loopback", help=PROXY)
+    option("--max-viewers", metavar="N", type=integer(1, 1_000_000), default=10000, help=VIEWERS)
+    option("--rate-limit", metavar="N", type=integer(0, 1_000_000), default=600, help=RATE)
+    option("--reuse-port", action="store_true", help="several processes may share the port")
+    option("--append", metavar="TEXT", help="write an entry to the log and exit")
+    option("--anchor", metavar="SECONDS", type=seconds_or_0, default=3600.0, help=ANCHOR)
+    option("--verify", metavar="RECEIPT", help="does the log hold it? - reads standard input")
+    option(
+        "--expect-every", metavar="SECONDS", type=duration, help="say so if it is silent longer"
+    )
+    option("--demo", action="store_true", help="follow a throw-away log with an entry a second")
+    option("--version", action="version", version=f"audit_stream.py {VERSION}")
+    return parser
+
+
+INITIAL = "how much of the end of the log a new viewer gets (1000)"
+ZONE_HELP = "of time stamps that name none: +01:00 or Europe/Berlin (UTC)"
+HOSTS = "a further name of an open server"
+PAGES = "a further page origin that may open the WebSocket"
+PROXY = "take its X-Forwarded-For, X-Forwarded-Proto and X-Forwarded-User"
+VIEWERS = "at the same time (10000)"
+RATE = "answers a minute and client address; 0: no limit (600)"
+ANCHOR = "between two receipts on standard output; 0: never (3600)"
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            return int_in_range(text, repr(text), low, high)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def duration(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 86400:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, at most 86400")
+
+
+def seconds_or_0(text: str) -> float:
+    return 0.0 if text == "0" else duration(text)
+
+
+def time_zone(text: str) -> datetime.tzinfo:
+    if match := re.fullmatch(r"([+-])([01]\d|2[0-3]):?([0-5]\d)", text, re.ASCII):
+        minutes = int(match[2]) * 60 + int(match[3])
+        offset = datetime.timedelta(minutes=minutes if match[1] == "+" else -minutes)
+        return datetime.timezone(offset)
+    if text.upper() in ("UTC", "Z"):
+        return datetime.UTC
+    with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return zoneinfo.ZoneInfo(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not an offset like +01:00 nor a known time zone")
+
+
+def origin(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s?#@]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin like https://example.org:8443")
+    return normalize_origin(text)
+
+
+def proxy(text: str) -> str:
+    if text != "loopback" and not parse_ip(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address")
+    return str(parse_ip(text) or text)
 
 
 if __name__ == "__main__":

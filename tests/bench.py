@@ -1,10 +1,11 @@
 """Measure the server beside a baseline, in one run: python3 tests/bench.py
 
-Each figure stands next to that of something simple on the same machine at the same time: the ratio is what can be
-compared between machines.
+Each figure stands next to that of something simple on the same machine at the same time: the ratio
+is what can be compared between machines.
 """
 
 import contextlib
+import gzip
 import json
 import multiprocessing
 import os
@@ -17,9 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
-from conftest import KEY, Server, append, lines
+from harness import KEY, Server, append, lines
 from websockets.sync.client import connect
 
 MIB = 2**20
@@ -43,7 +45,10 @@ def serving(*options: object) -> Iterator[tuple[Server, Path]]:
 
 
 def report(what: str, ours: float, baseline: float, unit: str, beside: str) -> None:
-    print(f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3} {ours / baseline:>7.2f} x  {beside}")
+    print(
+        f"{what:<44} {ours:>9.2f} {unit:<3} {baseline:>9.2f} {unit:<3}"
+        f" {ours / baseline:>7.2f} x  {beside}"
+    )
 
 
 # From write() until the line is in the hands of a reader.
@@ -65,7 +70,9 @@ def latency() -> None:
         with connect(server.ws, proxy=None) as viewer:
             viewer.recv()
             ours = delays(log, viewer.recv)
-        with subprocess.Popen(["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tail:
+        with subprocess.Popen(
+            ["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as tail:
             assert tail.stdout
             pipe = tail.stdout.fileno()
             os.read(pipe, 65536)
@@ -124,7 +131,9 @@ def answer(listener: socket.socket, reply: bytes) -> None:
 @contextlib.contextmanager
 def baseline(target: Callable[..., None], argument: object) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
-        process = multiprocessing.get_context("fork").Process(target=target, args=(listener, argument), daemon=True)
+        process = multiprocessing.get_context("fork").Process(
+            target=target, args=(listener, argument), daemon=True
+        )
         process.start()
         yield listener.getsockname()[1]
         process.kill()
@@ -141,9 +150,18 @@ def burst(viewers: int) -> None:
         ours = timed(lambda: ready(clients, lambda last: last.endswith(END)))
         writer.join()
         port = stack.enter_context(baseline(send_file, log))
-        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(viewers)]
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(viewers)
+        ]
         theirs = timed(lambda: ready(clients, lambda last: last.endswith(END)))
-    report(f"{len(data) / 1e6:.0f} MB to {viewers} viewers", 1000 * ours, 1000 * theirs, "ms", "the file over TCP")
+    report(
+        f"{len(data) / 1e6:.0f} MB to {viewers} viewers",
+        1000 * ours,
+        1000 * theirs,
+        "ms",
+        "the file over TCP",
+    )
 
 
 def storm(stack: contextlib.ExitStack, port: int, count: int) -> float:
@@ -185,29 +203,104 @@ def idle(viewers: int = 100, seconds: int = 10) -> None:
         before = server.cpu()
         time.sleep(seconds)
         spent = server.cpu() - before
-    print(f"{f'idle with {viewers} viewers':<44} {1000 * spent / seconds:>9.2f} ms of processor time a second")
+    print(
+        f"{f'idle with {viewers} viewers':<44}"
+        f" {1000 * spent / seconds:>9.2f} ms of processor time a second"
+    )
 
 
 # The whole of a large log.
 
+NEEDLE = b"[2025-12-17T17:40:38Z] A needle in the middle\n"
+C_LOCALE = {"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
 
-def large(size: int = 1024 * MIB) -> None:
-    needle = b"[2025-12-17T17:40:38Z] A needle in the middle\n"
+
+def large(signs: str, size: int = 1024 * MIB) -> None:
+    """Search and count, in a log whose lines hold these signs."""
     with serving("--rate-limit", 0) as (server, log):
-        piece = lines(100_000).encode()
+        piece = lines(100_000).replace("– ✅", signs).encode()
         for number in range(size // len(piece)):
-            append(log, needle if number == size // len(piece) // 2 else piece)
+            append(log, NEEDLE if number == size // len(piece) // 2 else piece)
+        what = f"{log.stat().st_size / MIB:.0f} MiB, {signs} in every line"
+        subprocess.run(["cat", log], stdout=subprocess.DEVNULL, check=True)  # into the page cache
 
-        first = timed(lambda: first_frame(server))
         found: list[int] = []
         ours = timed(lambda: found.extend(search_all(server, "NEEDLE")))
-        theirs = timed(lambda: subprocess.run(["grep", "-abi", "NEEDLE", log], stdout=subprocess.PIPE, check=True))
-        patient = timed(lambda: list(search_all(server, "needle -grafana")))
+        theirs = timed(lambda: grep("-aic", "NEEDLE", log))
         with open(log, "rb") as file:
-            assert len(found) == 1 and os.pread(file.fileno(), len(needle), found[0]) == needle
-        report(f"{log.stat().st_size / MIB:.0f} MiB searched, page cache warm", ours, theirs, "s", "grep -i")
-        report("the same for one term without another", patient, theirs, "s", "grep -i")
-        print(f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms  {server.peak() / MIB:.1f} MiB at the most")
+            assert len(found) == 1
+            assert os.pread(file.fileno(), len(NEEDLE), found[0]) == NEEDLE
+        report(f"a word searched in {what}", ours, theirs, "s", "grep -ic")
+
+        patient = timed(lambda: list(search_all(server, "needle !grafana")))
+        theirs = timed(lambda: grep("-aicP", "^(?=.*needle)(?!.*grafana)", log))
+        report("the same for one term without another", patient, theirs, "s", "grep -icP")
+
+        for query, pattern in (("needle", "needle"), ("postgresql", "postgresql"), ("9", "9")):
+            counts: list[int] = []
+            ours = timed(lambda q=query, to=counts: to.append(count_all(server, q)))
+            rows: list[int] = []
+            theirs = timed(lambda p=pattern, to=rows: to.append(grep("-aic", p, log)))
+            assert counts == rows
+            report(f"{counts[0]} matches counted in 200 stretches", ours, theirs, "s", "grep -ic")
+
+        beside_searches(server, log)
+        first = timed(lambda: first_frame(server))
+        peak = server.peak() / MIB
+        print(
+            f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms  {peak:.1f} MiB at most"
+        )
+
+
+def grep(option: str, pattern: str, log: Path) -> int:
+    command = ["grep", option, pattern, log]
+    counted = subprocess.run(command, stdout=subprocess.PIPE, env=C_LOCALE, check=True)
+    return int(counted.stdout)
+
+
+def beside_searches(server: Server, log: Path) -> None:
+    """Measure how long an appended line takes while three searches run."""
+    over = threading.Event()
+
+    def search_on() -> None:
+        while not over.is_set():
+            list(search_all(server, "needle !grafana"))
+
+    searches = [threading.Thread(target=search_on) for _ in range(3)]
+    for search in searches:
+        search.start()
+    with connect(server.ws, proxy=None) as viewer:
+        viewer.recv()
+        times = delays(log, viewer.recv, 100)
+    over.set()
+    for search in searches:
+        search.join()
+    middle, most = times[len(times) // 2], times[-1]
+    print(f"{'append to reader beside 3 searches, p50, max':<44} {middle:>9.2f} ms {most:>9.2f} ms")
+
+
+def past(files: int = 8, size: int = 128 * MIB) -> None:
+    """Search through packed files, each unpacked for it."""
+    with serving("--rate-limit", 0) as (server, log):
+        piece = lines(size // len(lines(1).encode())).encode()
+        for number in range(1, files + 1):
+            with gzip.open(f"{log}.{number}.gz", "wb", 6) as packed:
+                packed.write(piece + NEEDLE)
+        listed = json.loads(server.get("/api/files")[2])["files"]
+        generations = [file["generation"] for file in listed if file["packed"]]
+        found: list[int] = []
+
+        def search_files() -> None:
+            for generation in generations:
+                found.extend(search_all(server, "NEEDLE", generation=generation))
+
+        ours = timed(search_files)
+        command = ["zgrep", "-aic", "NEEDLE", *(f"{log}.{n}.gz" for n in range(1, files + 1))]
+        theirs = timed(lambda: subprocess.run(command, stdout=subprocess.PIPE, env=C_LOCALE))
+        assert len(found) == files
+        report(
+            f"{files} packed files of {size / MIB:.0f} MiB searched", ours, theirs, "s", "zgrep -ic"
+        )
 
 
 def first_frame(server: Server) -> None:
@@ -215,14 +308,29 @@ def first_frame(server: Server) -> None:
         viewer.recv()
 
 
-def search_all(server: Server, query: str) -> Iterator[int]:
-    """The offsets of all that match, as the page asks for them."""
-    before = {}
-    while before.get("before") != 0:
-        _, _, body = server.get(f"/api/search?{urlencode({'q': query, **before})}")
-        answer = json.loads(body)
+def search_all(server: Server, query: str, **more: object) -> Iterator[int]:
+    """Yield the offsets of all that match, as the page asks for them."""
+    for answer in answers(server, "/api/search", {"q": query, **more}):
         yield from (match["start"] for match in answer["matches"])
-        before = {"before": answer["scanned"][0]}
+
+
+def count_all(server: Server, query: str) -> int:
+    pages = answers(server, "/api/counts", {"q": query})
+    return sum(number for answer in pages for *_, number in answer["stretches"])
+
+
+def answers(server: Server, path: str, query: dict[str, object]) -> Iterator[dict[str, Any]]:
+    """Yield what each call answers, down to the beginning of the file."""
+    before = 1
+    while before:
+        status, headers, body = server.get(f"{path}?{urlencode(query)}")
+        if status == 503:
+            time.sleep(int(headers["Retry-After"]) / 10)
+            continue
+        answer = json.loads(body)
+        yield answer
+        before = answer["scanned"][0]
+        query = {**query, "before": before}
 
 
 def main() -> None:
@@ -232,7 +340,9 @@ def main() -> None:
     for viewers in (1, 20):
         burst(viewers)
     viewers_at_once()
-    large()
+    for signs in ("– ✅", "- ok"):
+        large(signs)
+    past()
     idle()
 
 

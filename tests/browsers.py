@@ -1,8 +1,8 @@
-"""Real browsers for the tests, each driven over its own debugging protocol with nothing but `websockets`.
+"""Real browsers, each driven over its own debugging protocol with nothing but `websockets`.
 
-Chromium speaks CDP, Firefox WebDriver BiDi, WPE WebKit (the engine of Safari) its inspector's protocol. A browser is
-one process in its own session and with its own home; `page()` opens a fresh window in it. WebKit has one window, no
-real keys and no real mouse.
+Chromium speaks CDP, Firefox WebDriver BiDi, WPE WebKit (the engine of Safari) its inspector's
+protocol. A browser is one process in its own session and with its own home; `page()` opens a fresh
+window in it. WebKit has one window, no real keys and no real mouse.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from conftest import eventually, free_port
+from harness import eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -64,11 +64,13 @@ def unavailable(what: str) -> NoReturn:
 
 
 class Wire:
-    """Calls {id, method, params} -> {id, result}, and events: the same framing in all three protocols."""
+    """Calls {id, method, params} -> {id, result}, and events: framed alike in all protocols."""
 
     def __init__(self, url: str) -> None:
         self.closing = contextlib.ExitStack()
-        self.socket = self.closing.enter_context(connect(url, max_size=None, open_timeout=20, compression=None))
+        self.socket = self.closing.enter_context(
+            connect(url, max_size=None, open_timeout=20, compression=None)
+        )
         self.numbers, self.changed = itertools.count(1), threading.Condition()
         self.replies: dict[int, Event] = {}
         self.events: list[Event] = []
@@ -142,7 +144,10 @@ class Browser:
             )
 
     def debugging_address(self) -> str:
-        said = eventually(lambda: re.search(r"listening on (ws://\S+)\n", self.said.read_text(errors="replace")), 60)
+        said = eventually(
+            lambda: re.search(r"listening on (ws://\S+)\n", self.said.read_text(errors="replace")),
+            60,
+        )
         return str(said[1])
 
     def ask_to_close(self) -> None:
@@ -154,7 +159,9 @@ class Browser:
                 self.ask_to_close()
                 self.process.wait(5)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # also a helper that outlived its parent
+                os.killpg(
+                    self.process.pid, signal.SIGKILL
+                )  # also a helper that outlived its parent
             self.process.wait(5)
         for _ in range(40):
             shutil.rmtree(self.home, ignore_errors=True)
@@ -164,11 +171,16 @@ class Browser:
 
 
 class Page:
-    """One window. `console` and `errors` fill by themselves; the protocols differ in the methods that raise here."""
+    """One window; `console` and `errors` fill by themselves.
+
+    The protocols differ in the methods that raise here.
+    """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.console: list[tuple[str, str]] = []  # (level, text); a dialog that opened is ("dialog", text)
+        self.console: list[
+            tuple[str, str]
+        ] = []  # (level, text); a dialog that opened is ("dialog", text)
         self.errors: list[str] = []  # answers of 400 and more, as far as the protocol tells
 
     def evaluate(self, source: str, timeout: float) -> str | None:
@@ -216,7 +228,9 @@ class Page:
         end = time.monotonic() + timeout
         while not (value := self.js(expression)):
             if time.monotonic() > end:
-                raise AssertionError(f"still {value!r} after {timeout} s: {expression}; console: {self.console[-5:]}")
+                raise AssertionError(
+                    f"still {value!r} after {timeout} s: {expression}; console: {self.console[-5:]}"
+                )
             time.sleep(0.02)
         return value
 
@@ -232,15 +246,16 @@ class Page:
         self.press(*text)
 
 
-# -- Chromium: the Chrome DevTools Protocol ------------------------------------------------------
+# -- Chromium: the Chrome DevTools Protocol --------------------------------------------------------
 
 
 class Chromium(Browser):
     program = "/usr/bin/chromium"
     options = (
-        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-port=0"
-        " --disable-background-networking --disable-component-update --disable-backgrounding-occluded-windows"
-        " --disable-renderer-backgrounding --disable-background-timer-throttling --window-size=1000,700"
+        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
+        " --remote-debugging-port=0 --disable-background-networking --disable-component-update"
+        " --disable-backgrounding-occluded-windows --disable-renderer-backgrounding"
+        " --disable-background-timer-throttling --window-size=1000,700"
     )
 
     def start(self) -> None:
@@ -258,8 +273,12 @@ class Chromium(Browser):
             self.context = self.wire.call("Target.createBrowserContext", {})["browserContextId"]
         how = {"url": "about:blank", "newWindow": window, "browserContextId": self.context}
         target = self.wire.call("Target.createTarget", how)["targetId"]
-        session = self.wire.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-        page = self.pages[session] = ChromiumPage(self.wire, target, session, self.context if window else "")
+        session = self.wire.call("Target.attachToTarget", {"targetId": target, "flatten": True})[
+            "sessionId"
+        ]
+        page = self.pages[session] = ChromiumPage(
+            self.wire, target, session, self.context if window else ""
+        )
         for domain in ("Page", "Runtime", "Log"):
             page.cdp(f"{domain}.enable")
         return page
@@ -283,9 +302,13 @@ class ChromiumPage(Page):
             self.console.append(("dialog", params["message"]))
         elif method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
-            self.console.append(("error", details.get("exception", {}).get("description", details["text"])))
+            self.console.append(
+                ("error", details.get("exception", {}).get("description", details["text"]))
+            )
         elif method == "Runtime.consoleAPICalled":
-            words = [str(value.get("value", value.get("description", ""))) for value in params["args"]]
+            words = [
+                str(value.get("value", value.get("description", ""))) for value in params["args"]
+            ]
             self.console.append((params["type"], " ".join(words)))
         elif method == "Log.entryAdded":
             entry = params["entry"]
@@ -294,7 +317,9 @@ class ChromiumPage(Page):
                 self.errors.append(f"{entry['text']} {entry.get('url')}")
 
     def evaluate(self, source: str, timeout: float) -> str | None:
-        answer = self.cdp("Runtime.evaluate", timeout, expression=source, awaitPromise=True, returnByValue=True)
+        answer = self.cdp(
+            "Runtime.evaluate", timeout, expression=source, awaitPromise=True, returnByValue=True
+        )
         if details := answer.get("exceptionDetails"):
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
         value: str | None = answer["result"].get("value")
@@ -311,19 +336,31 @@ class ChromiumPage(Page):
     def key(self, key: str, shift: bool) -> None:
         code, text, _ = KEYS.get(key, (0, key, key))
         common: Event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
-        self.cdp("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **common)
+        self.cdp(
+            "Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **common
+        )
         self.cdp("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def mouse(self, x: float, y: float, wheel: int = 0) -> None:
         if wheel:
-            self.cdp("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=wheel)
+            self.cdp(
+                "Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=wheel
+            )
             return
         for kind in ("mousePressed", "mouseReleased"):
             self.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def button(self, kind: str, x: float, y: float, clicks: int = 1, held: bool = True, shift: bool = False) -> None:
-        pressed: Event = {"button": "left", "buttons": 1 if held else 0, "modifiers": 8 if shift else 0}
-        self.cdp("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, **pressed)
+    def button(
+        self, kind: str, x: float, y: float, clicks: int = 1, held: bool = True, shift: bool = False
+    ) -> None:
+        pressed: Event = {
+            "button": "left",
+            "buttons": 1 if held else 0,
+            "modifiers": 8 if shift else 0,
+        }
+        self.cdp(
+            "Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, clickCount=clicks, **pressed
+        )
 
     def double_click(self, x: float, y: float) -> None:
         for clicks in (1, 2):
@@ -341,11 +378,19 @@ class ChromiumPage(Page):
         self.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
         self.cdp("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         for moved in range(step, by + 1, step):
-            self.cdp("Input.dispatchTouchEvent", type="touchMove", touchPoints=[{"x": x, "y": y + moved}])
+            self.cdp(
+                "Input.dispatchTouchEvent", type="touchMove", touchPoints=[{"x": x, "y": y + moved}]
+            )
         self.cdp("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def resize(self, width: int, height: int) -> None:
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def to_front(self) -> None:
         self.cdp("Page.bringToFront")
@@ -360,7 +405,7 @@ class ChromiumPage(Page):
             self.wire.call("Target.closeTarget", {"targetId": self.target})
 
 
-# -- Firefox: WebDriver BiDi ---------------------------------------------------------------------
+# -- Firefox: WebDriver BiDi -----------------------------------------------------------------------
 
 
 class Firefox(Browser):
@@ -385,7 +430,9 @@ class Firefox(Browser):
             page.listen(event["method"], params)
 
     def page(self, window: bool = True) -> FirefoxPage:
-        context = self.wire.call("browsingContext.create", {"type": "window" if window else "tab"})["context"]
+        context = self.wire.call("browsingContext.create", {"type": "window" if window else "tab"})[
+            "context"
+        ]
         page = self.pages[context] = FirefoxPage(self.wire, context)
         return page
 
@@ -411,7 +458,12 @@ class FirefoxPage(Page):
 
     def evaluate(self, source: str, timeout: float) -> str | None:
         target = {"context": self.context}
-        params = {"expression": source, "target": target, "awaitPromise": True, "userActivation": True}
+        params = {
+            "expression": source,
+            "target": target,
+            "awaitPromise": True,
+            "userActivation": True,
+        }
         answer = self.wire.call("script.evaluate", params, timeout)
         if answer["type"] == "exception":
             raise RuntimeError(answer["exceptionDetails"]["text"])
@@ -444,7 +496,11 @@ class FirefoxPage(Page):
 
     def drag(self, *points: tuple[float, float], pause_s: float = 0, shift: bool = False) -> None:
         moves = [{"type": "pointerMove", "x": round(x), "y": round(y)} for x, y in points]
-        rest = [one for move in moves[1:] for one in (move, {"type": "pause", "duration": round(1000 * pause_s)})]
+        rest = [
+            one
+            for move in moves[1:]
+            for one in (move, {"type": "pause", "duration": round(1000 * pause_s)})
+        ]
         press, release = ({"type": f"pointer{way}", "button": 0} for way in ("Down", "Up"))
         mouse = {"type": "pointer", "id": "pointer", "actions": [moves[0], press, *rest, release]}
         key = {"type": "key", "id": "key", "actions": [{"type": "keyDown", "value": "\ue008"}]}
@@ -452,7 +508,10 @@ class FirefoxPage(Page):
         self.bidi("input.releaseActions")
 
     def swipe(self, x: float, y: float, by: int, step: int) -> None:
-        places = [{"type": "pointerMove", "x": round(x), "y": round(y) + moved} for moved in range(0, by + 1, step)]
+        places = [
+            {"type": "pointerMove", "x": round(x), "y": round(y) + moved}
+            for moved in range(0, by + 1, step)
+        ]
         press, release = ({"type": f"pointer{way}", "button": 0} for way in ("Down", "Up"))
         touch = {"pointerType": "touch"}
         actions = [places[0], press, *places[1:], release]
@@ -476,14 +535,20 @@ class FirefoxPage(Page):
 
 
 class WebKit(Browser):
-    program = next(map(str, Path("/usr/lib").glob("*/wpe-webkit-1.1/MiniBrowser")), "wpe-webkit-1.1/MiniBrowser")
+    program = next(
+        map(str, Path("/usr/lib").glob("*/wpe-webkit-1.1/MiniBrowser")),
+        "wpe-webkit-1.1/MiniBrowser",
+    )
 
     def start(self) -> None:
         inspector = f"127.0.0.1:{free_port()}"
         self.run("--headless", "about:blank", WEBKIT_INSPECTOR_HTTP_SERVER=inspector)
 
         def path() -> str:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{inspector}/", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://{inspector}/", timeout=5) as answer,
+            ):
                 return "".join(re.findall(r"/socket/\d+/\d+/WebPage", answer.read().decode())[:1])
             return ""
 
@@ -533,14 +598,18 @@ class WebKitPage(Page):
 
     def evaluate(self, source: str, timeout: float) -> str | None:
         promise = self.inspect("Runtime.evaluate", timeout, expression=source)["result"]["objectId"]
-        answer = self.inspect("Runtime.awaitPromise", timeout, promiseObjectId=promise, returnByValue=True)
+        answer = self.inspect(
+            "Runtime.awaitPromise", timeout, promiseObjectId=promise, returnByValue=True
+        )
         if answer.get("wasThrown"):
             raise RuntimeError(answer["result"].get("description"))
         value: str | None = answer["result"].get("value")
         return value
 
     def goto(self, url: str) -> None:
-        self.inspect("Runtime.evaluate", expression=f"window.before = 1; location.href = {json.dumps(url)}")
+        self.inspect(
+            "Runtime.evaluate", expression=f"window.before = 1; location.href = {json.dumps(url)}"
+        )
         end = time.monotonic() + 20
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError, TimeoutError):  # while the page changes hands

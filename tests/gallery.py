@@ -13,21 +13,28 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from browsers import Chromium, ChromiumPage
-from conftest import Server, append
+from harness import Server, append
 from page_actions import LINES, SHOWS, click, frames, search
 
 TASKS = (
-    "INFO Auto-repair: Created PostgreSQL database quantum", "INFO Auto-repair: Restarted Grafana container",
-    "INFO Weekly self-heal: Completed – ✅ All checks passed", "WARN disk /var is at 91 %",
+    "INFO Auto-repair: Created PostgreSQL database quantum",
+    "INFO Auto-repair: Restarted Grafana container",
+    "INFO Weekly self-heal: Completed – ✅ All checks passed",
+    "WARN disk /var is at 91 %",
     "INFO sudo: op1 : TTY=pts/0 ; COMMAND=/usr/bin/systemctl restart nginx",
     "INFO Retrained xgboost model fraud-7 (auc=0.931)",
-    "DEBUG heartbeat ok", "INFO Auto-repair: Rotated the credentials of service billing",
+    "DEBUG heartbeat ok",
+    "INFO Auto-repair: Rotated the credentials of service billing",
     "ERROR Auto-repair: database ledger does not answer on port 5432",
 )
-JSON_LINE = '{"level":"warning","user":"op1","action":"login","source":"10.1.4.7","attempts":3,"ok":true}'
+JSON_LINE = (
+    '{"level":"warning","user":"op1","action":"login","source":"10.1.4.7","attempts":3,"ok":true}'
+)
 TRACE = (
-    "Traceback (most recent call last):", '  File "/opt/repair/run.py", line 31, in repair',
-    "    connect(host)", "ConnectionRefusedError: [Errno 111] Connection refused",
+    "Traceback (most recent call last):",
+    '  File "/opt/repair/run.py", line 31, in repair',
+    "    connect(host)",
+    "ConnectionRefusedError: [Errno 111] Connection refused",
 )
 
 
@@ -107,12 +114,18 @@ def picture(page: ChromiumPage, folder: Path, name: str) -> None:
     print(name)
 
 
-def opened(browser: Chromium, url: str, scheme: str = "dark", size: tuple[int, int] = (1440, 900)) -> ChromiumPage:
+def opened(
+    browser: Chromium, url: str, scheme: str = "dark", size: tuple[int, int] = (1440, 900)
+) -> ChromiumPage:
     page = browser.page()
-    page.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.cdp(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+    )
     page.resize(*size)
     page.goto(url)
-    page.wait(f"{LINES}.length > 8 && /errors \\d/.test(document.querySelector('#errors').textContent)")
+    page.wait(
+        f"{LINES}.length > 8 && /errors \\d/.test(document.querySelector('#errors').textContent)"
+    )
     return page
 
 
@@ -177,13 +190,19 @@ def strangers(browser: Chromium, stack: contextlib.ExitStack, home: Path, folder
     """An empty log, and the login form."""
     empty = home / "EMPTY.log"
     empty.touch()
-    for name, variables in (("empty", {}), ("login", {"AUDIT_STREAM_TOKEN": "a-token-for-a-picture"})):
+    for name, variables in (
+        ("empty", {}),
+        ("login", {"AUDIT_STREAM_TOKEN": "a-token-for-a-picture"}),
+    ):
         place = home / name
         place.mkdir()
         server = Server(empty, folder=place, env=variables)
         stack.callback(server.kill)
         page = browser.page()
-        page.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        page.cdp(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark"}],
+        )
         page.resize(1440, 900)
         page.goto(f"http://127.0.0.1:{server.port}/")
         frames(page, 30)

@@ -1,14 +1,14 @@
 """What the tests of the page share: its names in the DOM, what one does with it, and the browsers."""
 
+import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pytest
-from browsers import BROWSERS, Browser, Page
-from conftest import ROOT, append
+from browsers import Browser, Page
+from harness import ROOT, append, eventually
 
 Serve = Callable[..., Any]
 Watch = Callable[..., Page]
@@ -36,7 +36,9 @@ AT_REST = f"""new Promise(done => {{
         frames < 10 ? requestAnimationFrame(look) : done(true);
     }});
 }})"""
-BUTTONS = "[...document.querySelectorAll('button')].filter(button => button.getClientRects().length)"
+BUTTONS = (
+    "[...document.querySelectorAll('button')].filter(button => button.getClientRects().length)"
+)
 NEWER = "(button => button.hidden ? '' : button.textContent)(document.querySelector('#newer'))"
 NAME = """(thing => thing.getAttribute('aria-label')
     || [...thing.labels || []].map(label => label.textContent).join(' ') || thing.textContent)"""
@@ -68,7 +70,9 @@ def ends_with(page: Page, line: str, timeout: float = 15) -> None:
 
 
 def frames(page: Page, count: int = 3) -> None:
-    page.js(f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))")
+    page.js(
+        f"new Promise(done => (function f(n) {{ n ? requestAnimationFrame(() => f(n - 1)) : done() }})({count}))"
+    )
 
 
 def click(page: Page, name: str) -> None:
@@ -106,14 +110,6 @@ def numbered(start: int, stop: int) -> list[str]:
     return [f"[2025-12-17T17:40:37Z] entry {number}" for number in range(start, stop)]
 
 
-@pytest.fixture(scope="session", params=["chromium", "firefox"])
-def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
-    with ExitStack() as stack:
-        started = BROWSERS[request.param]()
-        stack.callback(started.quit)
-        yield started
-
-
 def watching(browser: Browser) -> Iterator[Watch]:
     """Opens windows that connect; at the end none may have had an error, unless the test expects trouble."""
     pages: list[tuple[Page, bool]] = []
@@ -130,13 +126,13 @@ def watching(browser: Browser) -> Iterator[Watch]:
     for page, _ in pages:
         page.close()
     calm = [page for page, trouble in pages if not trouble]
-    assert [entry for page in calm for entry in page.console if entry[0] in ("error", "assert", "dialog")] == []
+    assert [
+        entry
+        for page in calm
+        for entry in page.console
+        if entry[0] in ("error", "assert", "dialog")
+    ] == []
     assert [error for page in calm for error in page.errors] == []
-
-
-@pytest.fixture
-def watch(browser: Browser) -> Iterator[Watch]:
-    yield from watching(browser)
 
 
 def number_in_view(page: Page) -> int:
@@ -149,3 +145,26 @@ def scroll_up(page: Page, pixels: int) -> None:
     page.mouse(x, min(y, 500), -pixels)
     page.wait(f"{FIRST}[0] !== {before[0]!r}")
     page.wait(AT_REST)
+
+
+def violations(page: Page) -> list[str]:
+    return [
+        text
+        for _, text in page.console
+        if re.search("content.security.policy|violates", text, re.IGNORECASE)
+    ]
+
+
+def arrives(page: Page, address: str) -> None:
+    """The browser ends at the clean address, connected and without a word about the policy."""
+    live = "document.querySelector('#status')?.dataset.state === 'live'"
+    ready = f"location.href === {address!r} && {live}"
+
+    def there() -> Any:
+        with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
+            return page.js(ready)
+        return False
+
+    eventually(there, seconds=20)
+    assert page.js("getComputedStyle(document.body).margin !== '8px'")  # the styles apply
+    assert violations(page) == []

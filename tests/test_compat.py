@@ -1,4 +1,4 @@
-"""The page keeps to what Chrome 88, Firefox 85 and Safari 14 know: read from its source by compat.mjs."""
+"""The page keeps to what Chrome 88, Firefox 85 and Safari 14 know, as compat.mjs reads it."""
 
 import shutil
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browsers import unavailable
-from conftest import ROOT
+from harness import ROOT
 
 MODULES = ("acorn@8.19.0", "acorn-walk@8.3.5", "postcss@8.5.33", "@mdn/browser-compat-data@8.1.9")
 
@@ -41,7 +41,8 @@ TOO_NEW = {
 OLD_ENOUGH = """<p hidden>a</p>
 <style>p { display: grid; gap: 1em; color: rgba(0, 0, 0, .5) } p:hover { color: var(--a) }</style>
 <script>
-const at = [1], own = { lost: 1 }; own.lost; at?.[0] ?? at.flatMap(String); at.b ||= /(?<year>\\d)/u;
+const at = [1], own = { lost: 1 }
+own.lost; at?.[0] ?? at.flatMap(String); at.b ||= /(?<year>\\d)/u;
 box.addEventListener('scroll', at)</script>
 """
 
@@ -51,8 +52,20 @@ def modules(pytestconfig: pytest.Config) -> Path:
     if not (shutil.which("node") and shutil.which("npm")):
         unavailable("node and npm are not installed")
     assert pytestconfig.cache
-    folder = pytestconfig.cache.mkdir("compat-" + "-".join(name.rpartition("@")[2] for name in MODULES))
-    command = ["npm", "install", "--silent", "--no-save", "--no-audit", "--no-fund", "--prefix", str(folder), *MODULES]
+    folder = pytestconfig.cache.mkdir(
+        "compat-" + "-".join(name.rpartition("@")[2] for name in MODULES)
+    )
+    command = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-save",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(folder),
+        *MODULES,
+    ]
     if not all((folder / "node_modules" / name.rpartition("@")[0]).is_dir() for name in MODULES):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
@@ -78,7 +91,10 @@ def test_the_check_finds_what_is_too_new(modules: Path, tmp_path: Path) -> None:
     code, found = check(page, modules)
 
     assert code == 1
-    wanted = [f"line {line}: {what}" for line, what in enumerate(TOO_NEW.values(), OLD_ENOUGH.count("\n") + 1)]
+    wanted = [
+        f"line {line}: {what}"
+        for line, what in enumerate(TOO_NEW.values(), OLD_ENOUGH.count("\n") + 1)
+    ]
     assert [want for want in wanted if not any(line.startswith(want) for line in found)] == []
 
 

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 from browsers import ChromiumPage, Page, unavailable
-from page_actions import BOX, LINES, SHOWS, Serve, Watch, click, ends_with, entries, frames, numbered, search, write
+from page_actions import (
+    BOX,
+    LINES,
+    SHOWS,
+    Serve,
+    Watch,
+    click,
+    ends_with,
+    entries,
+    frames,
+    numbered,
+    search,
+    write,
+)
 
 AXE = "axe-core@4.14.1"
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
@@ -24,7 +37,17 @@ def axe(pytestconfig: pytest.Config) -> str:
     assert pytestconfig.cache
     folder = pytestconfig.cache.mkdir(AXE.replace("@", "-"))
     script = folder / "node_modules" / "axe-core" / "axe.min.js"
-    command = ["npm", "install", "--silent", "--no-save", "--no-audit", "--no-fund", "--prefix", str(folder), AXE]
+    command = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-save",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(folder),
+        AXE,
+    ]
     if not script.is_file():
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
@@ -36,7 +59,9 @@ def violations(page: Page, axe: str) -> list[str]:
     """What axe-core finds, without what is drawn outside of the window."""
     if not page.js("!!window.axe"):
         for start in range(0, len(axe), 100_000):
-            page.js(f"(window.part = (window.part || '') + {json.dumps(axe[start : start + 100_000])}).length")
+            page.js(
+                f"(window.part = (window.part || '') + {json.dumps(axe[start : start + 100_000])}).length"
+            )
         page.js("(0, window['ev' + 'al'])(window.part) || 1")
     found: list[str] = page.js(
         f"axe.run({{ runOnly: {RULES} }}).then(({{ violations }}) => violations.map(({{ id, nodes }}) =>"
@@ -53,21 +78,32 @@ STATES: dict[str, Callable[[Page], None]] = {
     "no match": lambda page: search(page, "zzz"),
     "menu": lambda page: click(page, "Menu"),
     "help": lambda page: page.press("Escape", "?"),
-    "message": lambda page: (page.press("Escape", "Escape", "g"), page.type("nonsense"), page.press("Enter"))[0],
+    "message": lambda page: (
+        page.press("Escape", "Escape", "g"),
+        page.type("nonsense"),
+        page.press("Enter"),
+    )[0],
 }
 
 
 def media(page: Page, **features: str) -> None:
     assert isinstance(page, ChromiumPage)  # only Chromium lets a test choose
-    page.cdp("Emulation.setEmulatedMedia", features=[
-        {"name": name.replace("_", "-"), "value": value} for name, value in features.items()
-    ])
+    page.cdp(
+        "Emulation.setEmulatedMedia",
+        features=[
+            {"name": name.replace("_", "-"), "value": value} for name, value in features.items()
+        ],
+    )
 
 
 @in_chromium
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-def test_axe_finds_nothing_in_any_state(serve: Serve, log: Path, watch: Watch, axe: str, scheme: str) -> None:
-    write(log, [*numbered(0, 50), *entries("ERROR one", "WARN two", "INFO three", '{"a":1,"b":"c"}')])
+def test_axe_finds_nothing_in_any_state(
+    serve: Serve, log: Path, watch: Watch, axe: str, scheme: str
+) -> None:
+    write(
+        log, [*numbered(0, 50), *entries("ERROR one", "WARN two", "INFO three", '{"a":1,"b":"c"}')]
+    )
     page = watch(serve(log).url)
     page.wait(f"{LINES}.length > 40")
     click(page, "Menu")
@@ -84,7 +120,9 @@ def test_axe_finds_nothing_in_any_state(serve: Serve, log: Path, watch: Watch, a
 
 
 @in_chromium
-def test_the_look_follows_the_system_until_somebody_chooses(serve: Serve, log: Path, watch: Watch) -> None:
+def test_the_look_follows_the_system_until_somebody_chooses(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("one"))
     page = watch(serve(log).url)
 
@@ -114,7 +152,9 @@ def test_nothing_moves_for_who_wants_no_motion(serve: Serve, log: Path, watch: W
 
 
 @in_chromium
-def test_in_forced_colours_the_mark_the_thumb_and_the_levels_are_seen(serve: Serve, log: Path, watch: Watch) -> None:
+def test_in_forced_colours_the_mark_the_thumb_and_the_levels_are_seen(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, [*numbered(0, 3000), *entries("ERROR one", "two")])
     page = watch(serve(log).url)
     page.wait(f"{LINES}.length > 60")
@@ -129,7 +169,9 @@ def test_in_forced_colours_the_mark_the_thumb_and_the_levels_are_seen(serve: Ser
     assert page.js(f"{style}('[data-level=error]').borderLeftStyle") == "solid"
 
 
-def test_at_400_percent_zoom_the_log_has_room_and_a_time_can_be_typed(serve: Serve, log: Path, watch: Watch) -> None:
+def test_at_400_percent_zoom_the_log_has_room_and_a_time_can_be_typed(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 500))
     page = watch(serve(log).url)
     page.resize(320, 256)
@@ -149,7 +191,9 @@ def test_print_gives_all_that_is_loaded(serve: Serve, log: Path, watch: Watch) -
     written = write(log, numbered(0, 2000))
     page = watch(serve(log).url)
     ends_with(page, written[-1])
-    page.wait(f"{LINES}.length > 200 && {LINES}.length < 1000 && document.querySelector('#above').textContent === ''")
+    page.wait(
+        f"{LINES}.length > 200 && {LINES}.length < 1000 && document.querySelector('#above').textContent === ''"
+    )
 
     page.js("dispatchEvent(new Event('beforeprint')) || 1")
     printed = page.js(f"{LINES}.length")
@@ -160,13 +204,17 @@ def test_print_gives_all_that_is_loaded(serve: Serve, log: Path, watch: Watch) -
     page.wait(f"{LINES}.length < 1000")
 
 
-def test_new_entries_are_announced_but_not_each_of_them(serve: Serve, log: Path, watch: Watch) -> None:
+def test_new_entries_are_announced_but_not_each_of_them(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("one"))
     page = watch(serve(log).url)
     page.wait(f"{LINES}.length === 1")
     said = "document.querySelector('#said').textContent"
-    page.js(f"(window.heard = [], new MutationObserver(() => heard.push({said}))"
-            ".observe(document.querySelector('#said'), { childList: true, characterData: true, subtree: true }))")
+    page.js(
+        f"(window.heard = [], new MutationObserver(() => heard.push({said}))"
+        ".observe(document.querySelector('#said'), { childList: true, characterData: true, subtree: true }))"
+    )
 
     for number in range(20):
         write(log, [f"entry {number}"])
@@ -177,7 +225,9 @@ def test_new_entries_are_announced_but_not_each_of_them(serve: Serve, log: Path,
     assert 1 <= len(heard) <= 3 and heard[0].startswith("entry ")
 
 
-def test_help_is_on_question_mark_and_every_key_has_a_button(serve: Serve, log: Path, watch: Watch) -> None:
+def test_help_is_on_question_mark_and_every_key_has_a_button(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("one"))
     page = watch(serve(log).url)
 
@@ -187,7 +237,19 @@ def test_help_is_on_question_mark_and_every_key_has_a_button(serve: Serve, log: 
     page.press("Escape")
     page.wait("document.querySelector('#help').hidden")
     click(page, "Menu")
-    names = page.js("[...document.querySelectorAll('#menu button')].map(button => button.textContent).join()")
+    names = page.js(
+        "[...document.querySelectorAll('#menu button')].map(button => button.textContent).join()"
+    )
 
-    for name in ("Wrap", "Local times", "Beginning", "End", "Time…", "Previous error", "Next error", "Export", "Keys"):
+    for name in (
+        "Wrap",
+        "Local times",
+        "Beginning",
+        "End",
+        "Time…",
+        "Previous error",
+        "Next error",
+        "Export",
+        "Keys",
+    ):
         assert name in names

@@ -8,7 +8,7 @@ from pathlib import Path
 import page_actions
 import pytest
 from browsers import Page
-from conftest import Server, append
+from harness import Server, append
 from page_actions import (
     AT_REST,
     BOX,
@@ -42,7 +42,9 @@ def fed(log: Path, a_second: int) -> Iterator[None]:
         number = 0
         while a_second and not stop.wait(max(0.05, 1 / a_second)):
             batch = max(1, a_second // 20)
-            append(log, "".join(f"[2025-12-17T18:00:00Z] live {number + n}\n" for n in range(batch)))
+            append(
+                log, "".join(f"[2025-12-17T18:00:00Z] live {number + n}\n" for n in range(batch))
+            )
             number += batch
 
     thread = threading.Thread(target=feed)
@@ -74,7 +76,9 @@ def line_at(page: Page, index: int, across: float = 0.2) -> tuple[float, float]:
     """A point on the line that is so many lines below the first one in view; -1 is the last one."""
     seen = f"{LINES}.filter(line => line.getBoundingClientRect().bottom < innerHeight)"
     lines = f"{seen}.filter(line => line.getBoundingClientRect().top > {page_actions.TOP})"
-    area = page.js(f"(all => all[({index} + all.length) % all.length].getBoundingClientRect())({lines})")
+    area = page.js(
+        f"(all => all[({index} + all.length) % all.length].getBoundingClientRect())({lines})"
+    )
     return area["x"] + across * area["width"], area["y"] + area["height"] / 2
 
 
@@ -96,12 +100,16 @@ LOOKING_UP: dict[str, Callable[[Page], None]] = {
     "wheel by 3 pixels": wheel_slowly,
     "wheel by 100 pixels": lambda page: page.mouse(*middle(page), wheel=-100),
     "a finger": swipe,
-    "the mouse on the rail": lambda page: page.mouse(*page.js(CENTRE.format("document.querySelector('#rail')"))),
+    "the mouse on the rail": lambda page: page.mouse(
+        *page.js(CENTRE.format("document.querySelector('#rail')"))
+    ),
 }
 
 
 @pytest.mark.parametrize("a_second", [0, 20, 200])
-def test_whatever_looks_up_holds_the_view_at_once(site: tuple[Server, Path], watch: Watch, a_second: int) -> None:
+def test_whatever_looks_up_holds_the_view_at_once(
+    site: tuple[Server, Path], watch: Watch, a_second: int
+) -> None:
     server, log = site
     page = watch(server.url)
     page.wait(f"{SHOWS} === 'live' && {LINES}.length > 60")
@@ -124,7 +132,9 @@ def test_whatever_looks_up_holds_the_view_at_once(site: tuple[Server, Path], wat
     assert failed == []
 
 
-def test_keys_work_on_a_fresh_page_before_anything_has_the_focus(site: tuple[Server, Path], watch: Watch) -> None:
+def test_keys_work_on_a_fresh_page_before_anything_has_the_focus(
+    site: tuple[Server, Path], watch: Watch
+) -> None:
     page = watch(site[0].url)
     page.wait(f"{LINES}.length > 60")
     before = page.js(FIRST)
@@ -136,7 +146,9 @@ def test_keys_work_on_a_fresh_page_before_anything_has_the_focus(site: tuple[Ser
     page.wait(f"{SHOWS} === 'live'")
 
 
-def test_a_click_that_does_nothing_else_lets_the_view_follow_again(site: tuple[Server, Path], watch: Watch) -> None:
+def test_a_click_that_does_nothing_else_lets_the_view_follow_again(
+    site: tuple[Server, Path], watch: Watch
+) -> None:
     page = watch(site[0].url)
     page.wait(f"{LINES}.length > 60")
 
@@ -186,13 +198,17 @@ def test_a_selection_over_lines_that_are_not_drawn_copies_all_of_them(
     assert copied[1:-1] == written[start : start + len(copied) - 2]
 
 
-def test_ctrl_a_selects_the_log_and_nothing_else(serve: page_actions.Serve, log: Path, watch: Watch) -> None:
+def test_ctrl_a_selects_the_log_and_nothing_else(
+    serve: page_actions.Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 5000))
     page = watch(serve(log).url)
     ends_with(page, written[-1])
     page.wait(f"{LINES}.length > 300")
 
-    page.js("document.dispatchEvent(new KeyboardEvent('keydown', { key: 'a', ctrlKey: true, bubbles: true })) || 1")
+    page.js(
+        "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'a', ctrlKey: true, bubbles: true })) || 1"
+    )
 
     page.wait(f"/selected/.test({TOLD})")
     copied = page.copy().split("\n")
@@ -208,7 +224,9 @@ def test_what_is_copied_is_the_log_with_blank_lines_control_signs_and_the_end_of
     page = watch(serve(log).url)
     page.wait(f"{LINES}.length === 6")
 
-    page.js("document.dispatchEvent(new KeyboardEvent('keydown', { key: 'a', ctrlKey: true, bubbles: true })) || 1")
+    page.js(
+        "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'a', ctrlKey: true, bubbles: true })) || 1"
+    )
     page.wait(f"/selected/.test({TOLD})")
     page.copy()  # reads the rest of the long line first
     page.wait(f"/^Copied|copy once more/.test({TOLD})")
@@ -216,17 +234,23 @@ def test_what_is_copied_is_the_log_with_blank_lines_control_signs_and_the_end_of
     assert page.copy() == "\n".join(written)
 
 
-def test_a_double_click_selects_a_word_in_a_filtered_view(site: tuple[Server, Path], watch: Watch) -> None:
+def test_a_double_click_selects_a_word_in_a_filtered_view(
+    site: tuple[Server, Path], watch: Watch
+) -> None:
     page = watch(site[0].url)
     search(page, "entry")
     page.wait("!!document.querySelector('mark')")
     page.wait(AT_REST)
 
-    page.double_click(*page.js(CENTRE.format("[...document.querySelectorAll('mark')].slice(-3)[0]")))
+    page.double_click(
+        *page.js(CENTRE.format("[...document.querySelectorAll('mark')].slice(-3)[0]"))
+    )
 
     page.wait(f"{SELECTED}.trim() === 'entry'")
     frames(page, 30)
-    assert page.js(f"{SELECTED}.trim()") == "entry" and page.js("document.querySelector('#back').hidden")
+    assert page.js(f"{SELECTED}.trim()") == "entry" and page.js(
+        "document.querySelector('#back').hidden"
+    )
 
 
 def test_slash_and_g_select_what_is_in_their_field(site: tuple[Server, Path], watch: Watch) -> None:
@@ -243,7 +267,9 @@ def test_slash_and_g_select_what_is_in_their_field(site: tuple[Server, Path], wa
         page.press("Escape")
 
 
-def test_after_enter_in_the_time_field_the_log_has_the_keys(site: tuple[Server, Path], watch: Watch) -> None:
+def test_after_enter_in_the_time_field_the_log_has_the_keys(
+    site: tuple[Server, Path], watch: Watch
+) -> None:
     page = watch(site[0].url)
     page.wait(f"{LINES}.length > 60")
 
@@ -312,7 +338,9 @@ def test_a_click_draws_no_frame_around_the_log(site: tuple[Server, Path], watch:
     page.press("End")
 
 
-def test_the_pill_says_held_and_the_button_how_many_came(serve: page_actions.Serve, log: Path, watch: Watch) -> None:
+def test_the_pill_says_held_and_the_button_how_many_came(
+    serve: page_actions.Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 500))
     page = watch(serve(log).url)
     ends_with(page, written[-1])

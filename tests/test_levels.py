@@ -4,7 +4,20 @@ from pathlib import Path
 
 import pytest
 from browsers import Page
-from page_actions import HERE, LINES, TEXTS, TOLD, Serve, Watch, click, entries, frames, search, shows, write
+from page_actions import (
+    HERE,
+    LINES,
+    TEXTS,
+    TOLD,
+    Serve,
+    Watch,
+    click,
+    entries,
+    frames,
+    search,
+    shows,
+    write,
+)
 
 # line -> the level that its writer means
 LEVELS = {
@@ -41,8 +54,10 @@ def page(serve: Serve, log: Path, watch: Watch) -> Page:
 
 
 def test_a_line_has_the_level_that_its_writer_means(page: Page) -> None:
-    wanted = {text.replace("\x1b[1;31m", "").replace("\x1b[33m", "").replace("\x1b[0m", ""): level
-              for text, level in LEVELS.items()}
+    wanted = {
+        text.replace("\x1b[1;31m", "").replace("\x1b[33m", "").replace("\x1b[0m", ""): level
+        for text, level in LEVELS.items()
+    }
 
     assert levels(page) == wanted
 
@@ -57,7 +72,9 @@ def test_only_the_level_word_and_the_bar_are_coloured(page: Page) -> None:
     assert page.js(f"getComputedStyle({line}).borderLeftColor") != page.js(plain)
 
 
-def test_the_chips_count_what_is_in_the_log_and_what_arrives_and_filter_it(page: Page, log: Path) -> None:
+def test_the_chips_count_what_is_in_the_log_and_what_arrives_and_filter_it(
+    page: Page, log: Path
+) -> None:
     errors = sum(level == "error" for level in LEVELS.values())
     page.wait("/^errors \\d+$/.test(document.querySelector('#errors').textContent)")
 
@@ -67,7 +84,9 @@ def test_the_chips_count_what_is_in_the_log_and_what_arrives_and_filter_it(page:
     click(page, "errors")
 
     own = f"{LINES}.filter(line => !line.classList.contains('rest'))"  # not the entry that a trace belongs to
-    page.wait(f"{own}.length === {errors + 1} && {own}.every(line => line.dataset.level === 'error')")
+    page.wait(
+        f"{own}.length === {errors + 1} && {own}.every(line => line.dataset.level === 'error')"
+    )
     assert page.js("document.querySelector('#errors').getAttribute('aria-pressed')") == "true"
     assert abs(counted - errors - 1) <= 1
     page.wait("/level=error/.test(location.hash)")
@@ -75,8 +94,14 @@ def test_the_chips_count_what_is_in_the_log_and_what_arrives_and_filter_it(page:
     page.wait(f"{LINES}.length === {len(LEVELS) + 2}")
 
 
-def test_a_stack_trace_stays_with_its_entry_under_a_filter(serve: Serve, log: Path, watch: Watch) -> None:
-    trace = ["Traceback (most recent call last):", '  File "a.py", line 3, in f', "ValueError: bad payload"]
+def test_a_stack_trace_stays_with_its_entry_under_a_filter(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    trace = [
+        "Traceback (most recent call last):",
+        '  File "a.py", line 3, in f',
+        "ValueError: bad payload",
+    ]
     before, failed, after = entries("INFO fine", "ERROR job 7 failed", "INFO fine again")
     write(log, [before, failed, *trace, after])
     page = watch(serve(log).url)
@@ -85,7 +110,12 @@ def test_a_stack_trace_stays_with_its_entry_under_a_filter(serve: Serve, log: Pa
     search(page, '"job 7"')
     shows(page, [failed, *trace])
     assert set(levels(page).values()) == {"error"}
-    assert page.js(f"{LINES}.map(line => line.classList.contains('rest'))") == [False, True, True, True]
+    assert page.js(f"{LINES}.map(line => line.classList.contains('rest'))") == [
+        False,
+        True,
+        True,
+        True,
+    ]
     search(page, "payload")
 
     shows(page, [failed, *trace])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from browsers import BROWSERS, Browser, Page, unavailable
-from conftest import append, eventually, free_port
+from harness import append, eventually, free_port
 from page_actions import (
     AT_REST,
     BUTTONS,
@@ -48,7 +48,9 @@ from page_actions import (
 # -- the log as it grows ---------------------------------------------------------------------------
 
 
-def test_the_page_connects_by_itself_and_shows_the_end_of_the_log(serve: Serve, log: Path, watch: Watch) -> None:
+def test_the_page_connects_by_itself_and_shows_the_end_of_the_log(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 5000))
     server = serve(log)
 
@@ -64,7 +66,12 @@ def test_the_page_connects_by_itself_and_shows_the_end_of_the_log(serve: Serve, 
 
 
 def test_appended_entries_appear_at_the_end(serve: Serve, log: Path, watch: Watch) -> None:
-    written = write(log, entries("Created PostgreSQL database quantum", "Weekly self-heal: Completed – ✅ All passed"))
+    written = write(
+        log,
+        entries(
+            "Created PostgreSQL database quantum", "Weekly self-heal: Completed – ✅ All passed"
+        ),
+    )
     page = watch(serve(log).url)
     shows(page, written)
 
@@ -97,7 +104,9 @@ def test_an_unfinished_line_is_shown_and_completed(serve: Serve, log: Path, watc
     shows(page, ["whole", "half and half", "next"])
 
 
-def test_a_tab_in_the_background_misses_nothing(serve: Serve, log: Path, watch: Watch, browser: Browser) -> None:
+def test_a_tab_in_the_background_misses_nothing(
+    serve: Serve, log: Path, watch: Watch, browser: Browser
+) -> None:
     written = write(log, entries("before"))
     page = watch(serve(log).url)
     shows(page, written)
@@ -117,13 +126,19 @@ def test_a_tab_in_the_background_misses_nothing(serve: Serve, log: Path, watch: 
     assert shown == written[-len(shown) :]
 
 
-def test_the_console_tells_what_happens_word_for_word(serve: Serve, log: Path, watch: Watch) -> None:
+def test_the_console_tells_what_happens_word_for_word(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("before"))
     server = serve(log)
     page = watch(server.url)
     shows(page, entries("before"))
 
-    size = len(append(log, "[2025-12-17T17:40:37Z] Auto-repair: Completed – ✅ All checks passed, naïvely\n"))
+    size = len(
+        append(
+            log, "[2025-12-17T17:40:37Z] Auto-repair: Completed – ✅ All checks passed, naïvely\n"
+        )
+    )
 
     eventually(lambda: RECEIVED.format(size) in said(page))
     greeting = [f"🔌 Connecting to WebSocket: ws://127.0.0.1:{server.port}/ws/audit"]
@@ -131,7 +146,9 @@ def test_the_console_tells_what_happens_word_for_word(serve: Serve, log: Path, w
     assert [text for text in said(page) if text in greeting] == greeting
 
 
-def test_two_windows_are_independent_and_show_each_line_once(serve: Serve, log: Path, watch: Watch) -> None:
+def test_two_windows_are_independent_and_show_each_line_once(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, entries("Created PostgreSQL database", "Restarted Grafana"))
     url = serve(log).url
     one, other = watch(url), watch(url)
@@ -145,7 +162,9 @@ def test_two_windows_are_independent_and_show_each_line_once(serve: Serve, log: 
     shows(one, [line for line in written if "database" in line])
 
 
-def test_view_audit_log_comes_back_to_the_newest_entry(serve: Serve, log: Path, watch: Watch) -> None:
+def test_view_audit_log_comes_back_to_the_newest_entry(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 2000))
     page = watch(serve(log).url)
     ends_with(page, written[-1])
@@ -160,7 +179,9 @@ def test_view_audit_log_comes_back_to_the_newest_entry(serve: Serve, log: Path, 
     assert shown == written[-len(shown) :]
 
 
-def test_pause_and_resume_lose_nothing(serve: Serve, log: Path, watch: Watch, view: Callable[..., Any]) -> None:
+def test_pause_and_resume_lose_nothing(
+    serve: Serve, log: Path, watch: Watch, view: Callable[..., Any]
+) -> None:
     written = write(log, entries("before"))
     server = serve(log)
     page, viewer = watch(server.url), view(server)
@@ -179,7 +200,9 @@ def test_pause_and_resume_lose_nothing(serve: Serve, log: Path, watch: Watch, vi
     page.wait(f"{BUTTONS}.some(button => {NAME}(button).includes('Pause'))")
 
 
-def test_scrolled_up_the_view_stays_and_a_button_counts(serve: Serve, log: Path, watch: Watch) -> None:
+def test_scrolled_up_the_view_stays_and_a_button_counts(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 1000))
     page = watch(serve(log).url)
     ends_with(page, written[-1])
@@ -200,8 +223,13 @@ def test_scrolled_up_the_view_stays_and_a_button_counts(serve: Serve, log: Path,
 # -- the filter --------------------------------------------------------------------------------------
 
 
-def test_the_filter_takes_matches_only_and_marks_them(serve: Serve, log: Path, watch: Watch) -> None:
-    written = write(log, entries("Created database a", "Restarted Grafana", "Dropped DATABASE b", "Fixed xgboost"))
+def test_the_filter_takes_matches_only_and_marks_them(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    written = write(
+        log,
+        entries("Created database a", "Restarted Grafana", "Dropped DATABASE b", "Fixed xgboost"),
+    )
     page = watch(serve(log).url)
     shows(page, written)
 
@@ -210,14 +238,18 @@ def test_the_filter_takes_matches_only_and_marks_them(serve: Serve, log: Path, w
     click(page, "Search")
 
     shows(page, [written[0], written[2]])
-    assert page.js("[...document.querySelectorAll('#auditBox mark')].map(mark => mark.textContent)") == [
+    assert page.js(
+        "[...document.querySelectorAll('#auditBox mark')].map(mark => mark.textContent)"
+    ) == [
         "database",
         "DATABASE",
     ]
     page.wait(f"{COUNT} === '2 matches' && document.querySelector('#count').dataset.total === '2'")
     click(page, "Clear")
     shows(page, written)
-    assert page.js("[document.querySelector('#searchBox').value, document.querySelectorAll('mark').length]") == ["", 0]
+    assert page.js(
+        "[document.querySelector('#searchBox').value, document.querySelectorAll('mark').length]"
+    ) == ["", 0]
 
 
 def test_new_entries_pass_through_the_filter(serve: Serve, log: Path, watch: Watch) -> None:
@@ -227,7 +259,10 @@ def test_new_entries_pass_through_the_filter(serve: Serve, log: Path, watch: Wat
     search(page, "database")
     shows(page, written[:1])
 
-    written += write(log, entries("Restarted Redis", "Auto-repair: Fixed database issue", "Restarted Redis again"))
+    written += write(
+        log,
+        entries("Restarted Redis", "Auto-repair: Fixed database issue", "Restarted Redis again"),
+    )
 
     shows(page, [line for line in written if "database" in line])
     assert page.js(f"{LINES}.pop().querySelector('mark').textContent") == "database"
@@ -365,7 +400,9 @@ def joins_at_a_seam(page: Page, old: list[str], new: list[str]) -> None:
     order = page.js(ORDER)
     assert [piece for piece in order if piece != "seam"] == old + new
     assert "seam" in order[len(old) : -len(new)]
-    assert page.js(f"{PIECES}.every(piece => !piece.matches('.seam') || piece.dataset.kind && piece.textContent)")
+    assert page.js(
+        f"{PIECES}.every(piece => !piece.matches('.seam') || piece.dataset.kind && piece.textContent)"
+    )
 
 
 @pytest.mark.parametrize("change", [rotate, truncate])
@@ -385,7 +422,9 @@ def test_a_new_generation_begins_at_a_seam(
     joins_at_a_seam(page, old, new)
 
 
-def test_a_restart_brings_what_was_written_meanwhile_once(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_restart_brings_what_was_written_meanwhile_once(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, entries("before", "one more"))
     server = serve(log)
     pages = [watch(server.url, trouble=True) for _ in range(2)]
@@ -473,7 +512,9 @@ def test_markup_is_shown_as_typed_and_is_harmless(serve: Serve, log: Path, watch
     assert page.js(f"document.querySelector('#auditBox').querySelectorAll({made!r}).length") == 0
 
 
-def test_control_characters_are_visible_and_turn_nothing_around(serve: Serve, log: Path, watch: Watch) -> None:
+def test_control_characters_are_visible_and_turn_nothing_around(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = [f"{number} before{char}after" for number, char in enumerate(CONTROLS)]
     write(log, written)
     page = watch(serve(log).url)
@@ -486,11 +527,15 @@ def test_control_characters_are_visible_and_turn_nothing_around(serve: Serve, lo
     assert len(set(heights)) == 1
 
 
-def test_a_burst_of_300_000_lines_leaves_the_page_usable(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_burst_of_300_000_lines_leaves_the_page_usable(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, ["before the burst"])
     page = watch(serve(log, dev=False).url)
     shows(page, ["before the burst"])
-    entry = "[2025-12-17T17:40:37Z] Auto-repair: {0:08d} Created PostgreSQL database number {0:08d}\n"
+    entry = (
+        "[2025-12-17T17:40:37Z] Auto-repair: {0:08d} Created PostgreSQL database number {0:08d}\n"
+    )
     burst = "".join(map(entry.format, range(300_000)))
     last = entry.format(299_999).rstrip()
     slowest, nodes, end = 0.0, 0, time.monotonic() + 60
@@ -499,10 +544,17 @@ def test_a_burst_of_300_000_lines_leaves_the_page_usable(serve: Serve, log: Path
     seen = ""
     while seen != last and time.monotonic() < end:
         asked = time.monotonic()
-        found, seen = page.js(f"[document.getElementsByTagName('*').length, ({LINES}.pop() || 0).textContent]")
+        found, seen = page.js(
+            f"[document.getElementsByTagName('*').length, ({LINES}.pop() || 0).textContent]"
+        )
         slowest, nodes = max(slowest, time.monotonic() - asked), max(nodes, found)
 
-    assert (seen, len(burst) > 24_000_000, nodes < 20_000, slowest < 1) == (last, True, True, True), (nodes, slowest)
+    assert (seen, len(burst) > 24_000_000, nodes < 20_000, slowest < 1) == (
+        last,
+        True,
+        True,
+        True,
+    ), (nodes, slowest)
     ends_with(page, last)
     assert page.js("document.querySelectorAll('#auditBox .seam').length") == 0
 
@@ -517,7 +569,9 @@ def test_the_filter_sees_the_whole_of_a_long_line(serve: Serve, log: Path, watch
     page.wait(f"{LINES}.length === 1 && /x … x+ the needle… and .* more$/.test({TEXTS}[0])")
     assert page.js("document.querySelector('mark').textContent") == "needle"
     search(page, "!needle")
-    page.wait(f"{LINES}.length === 2 && {TEXTS}[0] === 'first' && /y… and .* more$/.test({TEXTS}[1])")
+    page.wait(
+        f"{LINES}.length === 2 && {TEXTS}[0] === 'first' && /y… and .* more$/.test({TEXTS}[1])"
+    )
     write(log, long)
 
     page.wait(f"{LINES}.length === 3")
@@ -539,8 +593,12 @@ def test_what_is_left_of_a_cut_log_can_be_read_and_searched(
     search(page, '"entry 77"')
 
     page.wait(f"{TEXTS}.includes({written[77]!r}) && document.body.innerText.includes('whole log')")
-    shown = page.js(f"{LINES}.map(line => line.textContent).filter(text => text.includes('entry 77'))")
-    assert [text for text in shown if text in written[:2000]] == [line for line in written[:2000] if "entry 77" in line]
+    shown = page.js(
+        f"{LINES}.map(line => line.textContent).filter(text => text.includes('entry 77'))"
+    )
+    assert [text for text in shown if text in written[:2000]] == [
+        line for line in written[:2000] if "entry 77" in line
+    ]
 
 
 def test_behind_a_hole_the_entries_can_be_read(serve: Serve, log: Path, watch: Watch) -> None:
@@ -558,7 +616,9 @@ def test_behind_a_hole_the_entries_can_be_read(serve: Serve, log: Path, watch: W
     page.wait(f"{LINES}.length === {len(before) + 1}")
 
 
-def test_a_held_view_stays_at_its_line_whatever_the_width(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_held_view_stays_at_its_line_whatever_the_width(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, [f"{line} {'with words to wrap ' * 8}" for line in numbered(0, 3000)])
     page = watch(serve(log).url)
     ends_with(page, written[-1].rstrip() + " ")
@@ -597,7 +657,9 @@ def test_the_next_screens_are_there_before_one_scrolls_and_nothing_jumps(
     assert shown == written[start : start + len(shown)]
 
 
-def test_scrolling_back_through_a_long_log_loses_no_line(serve: Serve, log: Path, watch: Watch) -> None:
+def test_scrolling_back_through_a_long_log_loses_no_line(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, numbered(0, 30_000))
     page = watch(serve(log).url)
     ends_with(page, written[-1])
@@ -623,7 +685,9 @@ def tab_to(page: Page, name: str, back: bool = False) -> None:
     """With the Tab key alone; not over the end of the page, where the browser's own buttons follow."""
     for _ in range(20):
         page.press("Tab", shift=back)
-        if page.js(f"[document.activeElement.id, {NAME}(document.activeElement)].includes({name!r})"):
+        if page.js(
+            f"[document.activeElement.id, {NAME}(document.activeElement)].includes({name!r})"
+        ):
             return
     raise AssertionError(f"20 times Tab do not reach {name}")
 
@@ -681,20 +745,29 @@ def test_everything_has_a_role_and_a_name_of_its_own(serve: Serve, log: Path, wa
     assert sorted(word for word in words if word in stable) == sorted(stable - {"resume"})
     assert page.js("document.querySelector('#auditBox').getAttribute('role')") == "log"
     assert page.js("document.documentElement.lang && document.title")
-    assert page.js("document.querySelector('#searchBox').placeholder") == "Filter e.g. database, xgboost, grafana"
+    assert (
+        page.js("document.querySelector('#searchBox').placeholder")
+        == "Filter e.g. database, xgboost, grafana"
+    )
 
 
-def test_a_narrow_window_has_everything_and_no_sideways_scrolling(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_narrow_window_has_everything_and_no_sideways_scrolling(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, [*numbered(0, 100), *entries("a long entry " * 40, "x" * 500), "the end"])
     page = watch(serve(log).url)
     page.resize(360, 640)
 
     ends_with(page, written[-1])
 
-    wide = "[...document.querySelectorAll('html, body, body *')].filter(one => one.scrollWidth > 360)"
+    wide = (
+        "[...document.querySelectorAll('html, body, body *')].filter(one => one.scrollWidth > 360)"
+    )
     assert page.js(f"[innerWidth, ...{wide}.map(one => one.outerHTML.slice(0, 60))]") == [360]
     for name in ("View Audit Log", "Pause", "Search", "Clear"):
-        at = page.js(f"{BUTTONS}.find(button => {NAME}(button) === {name!r}).getBoundingClientRect()")
+        at = page.js(
+            f"{BUTTONS}.find(button => {NAME}(button) === {name!r}).getBoundingClientRect()"
+        )
         assert 0 <= at["left"] < at["right"] <= 360 and 0 <= at["top"] < at["bottom"] <= 640, name
     assert page.js("document.querySelector('#auditBox').clientHeight") > 320
 
@@ -729,8 +802,12 @@ def behind_nginx(tmp_path: Path) -> Iterator[Callable[[int], tuple[str, Path]]]:
 
         def start(upstream: int) -> tuple[str, Path]:
             user, port = "user root;" if os.getuid() == 0 else "", free_port()
-            (tmp_path / "conf").write_text(NGINX.format(folder=tmp_path, user=user, port=port, upstream=upstream))
-            nginx = subprocess.Popen([program, "-p", tmp_path, "-e", "stderr", "-c", tmp_path / "conf"])
+            (tmp_path / "conf").write_text(
+                NGINX.format(folder=tmp_path, user=user, port=port, upstream=upstream)
+            )
+            nginx = subprocess.Popen(
+                [program, "-p", tmp_path, "-e", "stderr", "-c", tmp_path / "conf"]
+            )
             stack.callback(nginx.wait, 10)
             stack.callback(nginx.terminate)
             eventually((tmp_path / "pid").exists)
@@ -756,7 +833,9 @@ def test_the_page_works_below_a_path_behind_a_proxy(
     page.goto("about:blank")
     eventually(lambda: "/deep/audit/ws/audit" in answers.read_text())
     answered = answers.read_text().split("\n")
-    assert [line for line in answered if line and (line[0] not in "12" or " /deep/audit/" not in line)] == []
+    assert [
+        line for line in answered if line and (line[0] not in "12" or " /deep/audit/" not in line)
+    ] == []
 
 
 def test_nothing_foreign_is_requested(serve: Serve, log: Path, watch: Watch) -> None:
@@ -769,7 +848,9 @@ def test_nothing_foreign_is_requested(serve: Serve, log: Path, watch: Watch) -> 
     ends_with(page, written[-1])
 
     asked = page.js("performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert [address for address in asked if not address.startswith((url, url.replace("http:", "ws:")))] == []
+    assert [
+        address for address in asked if not address.startswith((url, url.replace("http:", "ws:")))
+    ] == []
 
 
 def test_the_source_is_one_file_and_writes_text_only() -> None:
@@ -779,8 +860,12 @@ def test_the_source_is_one_file_and_writes_text_only() -> None:
     code = re.sub(comments, "", source, flags=re.S)
 
     assert not re.search(r"https?://", code)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", source)
-    assert [len(re.findall(f"<{tag}\\b", source)) for tag in ("style", "script", "link rel=.stylesheet")] == [1, 1, 0]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", source
+    )
+    assert [
+        len(re.findall(f"<{tag}\\b", source)) for tag in ("style", "script", "link rel=.stylesheet")
+    ] == [1, 1, 0]
     assert not re.search(r"<script[^>]+src|@import|url\(", source)
 
 
@@ -803,5 +888,8 @@ def test_webkit_shows_the_log_too(serve: Serve, log: Path, watch_in_webkit: Watc
     page.js(f"{BUTTONS}.find(button => {NAME}(button) === 'Search').click()")
 
     shows(page, [written[0], "Fixed database – ✅"])
-    assert page.js("[...document.querySelectorAll('mark')].map(mark => mark.textContent)") == ["database"] * 2
+    assert (
+        page.js("[...document.querySelectorAll('mark')].map(mark => mark.textContent)")
+        == ["database"] * 2
+    )
     eventually(lambda: RECEIVED.format(size) in said(page))

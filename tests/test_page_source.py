@@ -16,7 +16,23 @@ TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 EXPRESSION = re.compile(r"/(?![*/])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/[a-z]*")
-BEFORE_EXPRESSION = {"(", ",", "=", ":", "[", "!", "&&", "||", "?", "{", "}", ";", "=>", "return", "==="}
+BEFORE_EXPRESSION = {
+    "(",
+    ",",
+    "=",
+    ":",
+    "[",
+    "!",
+    "&&",
+    "||",
+    "?",
+    "{",
+    "}",
+    ";",
+    "=>",
+    "return",
+    "===",
+}
 BANNER = re.compile(r"// ---- (.+?)(?:: owns ([\w, ]+))? ----$")
 CHANGES = "push|pop|shift|unshift|splice|sort|reverse|fill|set|add|delete|clear"
 
@@ -28,7 +44,9 @@ def script() -> list[str]:
 def tokens(code: str) -> Iterator[tuple[int, str]]:
     """(offset, token); a comment is none, a regular expression is one."""
     at, last = 0, ""
-    while match := (EXPRESSION.match(code, at) if last in BEFORE_EXPRESSION else None) or TOKEN.match(code, at):
+    while match := (
+        EXPRESSION.match(code, at) if last in BEFORE_EXPRESSION else None
+    ) or TOKEN.match(code, at):
         if match.re is EXPRESSION or match.lastgroup != "comment":
             last = match[0]
             yield match.start(), last
@@ -81,7 +99,11 @@ def sections() -> Iterator[tuple[str, list[str], str]]:
         yield name, owned, "\n".join(lines)
         banner = BANNER.match(line)
         assert banner, line
-        name, owned, lines = banner[1], [one.strip() for one in (banner[2] or "").split(",") if one.strip()], []
+        name, owned, lines = (
+            banner[1],
+            [one.strip() for one in (banner[2] or "").split(",") if one.strip()],
+            [],
+        )
     yield name, owned, "\n".join(lines)
 
 
@@ -94,10 +116,14 @@ def test_each_object_is_changed_by_its_own_section_alone() -> None:
     for name, _, code in found:
         for one, home in owner.items():
             place = rf"(?<![\w.$]){one}(?:\.\w+|\[[^\]]*\])+"
-            writes = rf"{place}\s*(?:=(?![=>])|[-+*/|&]=|\+\+|--)|(?:\+\+|--){place}|\bdelete {place}"
+            writes = (
+                rf"{place}\s*(?:=(?![=>])|[-+*/|&]=|\+\+|--)|(?:\+\+|--){place}|\bdelete {place}"
+            )
             changes = rf"(?<![\w.$]){one}(?:\.\w+)*\.(?:{CHANGES})\(|Object\.assign\({one}\b"
             if home != name:
-                trespasses += [(name, match[0]) for match in re.finditer(f"{writes}|{changes}", code)]
+                trespasses += [
+                    (name, match[0]) for match in re.finditer(f"{writes}|{changes}", code)
+                ]
 
     assert trespasses == []
 
@@ -105,5 +131,7 @@ def test_each_object_is_changed_by_its_own_section_alone() -> None:
 def test_the_page_has_one_file_and_no_way_for_log_text_into_markup() -> None:
     code = "\n".join(script())
 
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", code)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", code
+    )
     assert re.search(r"textContent", code)

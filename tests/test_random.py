@@ -1,9 +1,14 @@
-"""Some hundred random steps, one equation: joined, what a viewer got is what was written, or a seam stands there.
+"""Some hundred random steps, one equation.
+
+Joined, what a viewer got is what was written, or a seam stands there: a gap that is told, a hole, a
+cut, a refused cursor.
 
 python3 tests/test_random.py FIRST [LAST]    repeats a seed, or tries many
 """
 
 import contextlib
+import errno
+import gzip
 import itertools
 import math
 import os
@@ -16,28 +21,42 @@ import traceback
 from pathlib import Path
 
 import pytest
-from conftest import Server, Viewer, append, eventually, free_port, pack, shift
+from faults import Faults, build_shim
+from harness import Server, Viewer, append, eventually, free_port, pack, shift
 
 STEPS = 150
-PROVED = 4096  # bytes before the end of what was sent: after a cut, they tell where the stream goes on
-ODD = [word.encode() for word in ("a", "b ", "é", "✅", "😀", "\u2028", "\r", "\0.", "\x1b[0m", "\ufeff", "\t")]
+PROVED = 4096  # first and last bytes of what was sent: they tell where the stream goes on
+ODD = [
+    word.encode()
+    for word in ("a", "b ", "é", "✅", "😀", "\u2028", "\r", "\0.", "\x1b[0m", "\ufeff", "\t")
+]
 ODD += [b"\xff", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x80"]
 
 
 class Life:
-    """What was written to the file in one of its lives; the next one may begin with the same bytes."""
+    """What was written to the file in one of its lives; the next may begin with the same bytes."""
 
     def __init__(self, number, parent=None, kept=0):
         self.number, self.parent, self.kept = number, parent, kept
         self.data = bytearray(parent.data[:kept] if parent else b"")
         self.sent = 0  # so much had the server published for sure
         self.gone = math.inf  # from here on no file has it any more
+        self.trimmed = 0  # so many bytes are the end of what its parent had
+        self.cut_off = False  # it ended where it was cut or rewritten in its place
+        self.hidden = False  # its file has a name that counts only with file events
+        self.unseen = False  # some of it went while no server ran: nobody can know
 
     def __repr__(self):
         return f"life {self.number} of {len(self.data)} bytes"
 
     def shared(self):
-        return len(os.path.commonprefix([bytes(self.data), bytes(self.parent.data)])) if self.parent else 0
+        """How many bytes it has in common with its parent."""
+        if not self.parent:
+            return 0
+        return len(os.path.commonprefix([bytes(self.data), bytes(self.parent.data)]))
+
+    def line_start(self, at):
+        return self.data.rfind(b"\n", 0, at) + 1
 
     def says(self, start, end, text):
         return end <= len(self.data) and self.data[start:end].decode(errors="replace") == text
@@ -48,9 +67,11 @@ class Reading:
 
     def __init__(self, lives, life, start):
         self.lives, self.first, self.start = lives, life, start
-        self.current, self.entered = life, None  # a new generation has no life until its first bytes come
+        self.current, self.entered = life, None  # a new generation has no life until bytes come
         self.names, self.leapt = {}, False
+        self.reasons, self.told = set(), False  # since the last bytes of the current life
         self.parts = {life: [(start, start, "")]}
+        self.gaps = []  # (life, next life) between which it was told that lines may be missing
 
     def position(self, life):
         return self.parts[life][-1][1] if life in self.parts else None
@@ -59,6 +80,8 @@ class Reading:
         if frame["type"] == "generation":
             self.names[frame["generation"]] = None
             self.entered, self.leapt = frame["start"], False
+            self.reasons.add(frame["reason"])
+            self.told |= frame["gap"] is not None
         elif frame["type"] == "skip" and frame["end"] > frame["start"]:
             self.skip(frame["start"], frame["end"])
         elif frame.get("text"):
@@ -68,7 +91,7 @@ class Reading:
         if self.entered is None:
             return self.add(self.current, start, end, None)
         assert self.entered == start
-        self.entered, self.leapt = end, True
+        self.entered, self.leapt, self.told = end, True, True
 
     def life_of(self, frame):
         """Whose bytes these are, at the place where the reading has to go on."""
@@ -77,22 +100,44 @@ class Reading:
         if known in fits and self.position(known) == start:
             return known
         joining = [life for life in fits if self.joins(life, start)]
-        assert joining, f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits}, does not join {self}"
-        self.names[name] = life = min(joining, key=lambda life: (life.number < self.current.number, life.number))
+        assert joining, (
+            f"{name} {start} {frame['end']} {frame['text'][-80:]!r} fits {fits},"
+            f" does not join {self}"
+        )
+        now = self.current.number + (self.entered is not None)  # a new generation: a later life
+        life = min(joining, key=lambda life: (life.number < now, life.number))
+        self.names[name] = life
         if life.number > self.current.number:
-            self.current, self.entered = life, None
+            self.enter(life)
         return life
 
+    def enter(self, life):
+        """Nothing is passed over without a word."""
+        if self.told:
+            self.gaps.append((self.current.number, life.number))
+        for passed in self.lives[self.current.number + 1 : life.number]:
+            cut = passed.cut_off and not (passed.sent and self.reasons <= {"rotated"})
+            excused = self.told or cut or passed.unseen or passed.hidden
+            silent = f"{passed} is passed over without a word before {life}, in {self}"
+            assert excused or not list(self.missing(passed, life)), silent
+        self.current, self.entered, self.reasons, self.told = life, None, set(), False
+
+    def is_told(self, life):
+        return any(first <= life.number <= last for first, last in self.gaps)
+
     def says(self, frame):
-        return [life for life in self.lives if life.says(frame["start"], frame["end"], frame["text"])]
+        return [
+            life for life in self.lives if life.says(frame["start"], frame["end"], frame["text"])
+        ]
 
     def joins(self, life, start):
         if life in self.parts:
             return self.position(life) == start
-        if life.number < self.current.number:
-            return life.number < self.first.number  # written late to a file that was rotated before we came
+        if life.number < self.current.number:  # written late to a file rotated before we came
+            return life.number < self.first.number
         if self.entered is not None:
-            return self.entered == start and (self.leapt or start <= life.shared())
+            known = max(life.shared(), life.trimmed)
+            return self.entered == start and (self.leapt or start <= known)
         return self.position(self.current) == start <= life.shared()  # it was cut behind this place
 
     def add(self, life, start, end, text):
@@ -101,8 +146,8 @@ class Reading:
         parts.append((start, end, text))
 
     def covered(self, life):
-        """The stretches of a life that came, under its name or as what it shares with another one."""
-        own = self.got(life)
+        """The stretches of a life that came, by its name or as what it shares with another one."""
+        own = self.got(life) + [(0, life.trimmed)]
         while life.parent and life is not self.first:
             shared, life = life.shared(), life.parent
             own += [(start, min(end, shared)) for start, end in self.got(life) if start < shared]
@@ -111,40 +156,68 @@ class Reading:
     def inherited(self, life):
         """What came of a life as the beginning of a later one."""
         heirs = [each for each in self.lives if each.parent is life]
-        return [(a, min(b, heir.shared())) for heir in heirs for a, b in self.got(heir) + self.inherited(heir)]
+        stretches = [(heir, self.got(heir) + self.inherited(heir)) for heir in heirs]
+        return [(a, min(b, heir.shared())) for heir, spans in stretches for a, b in spans]
 
     def got(self, life):
         before = [(0, self.start)] if life is self.first else []
-        return before + [(start, end) for start, end, text in self.parts.get(life, []) if text is not None]
+        parts = self.parts.get(life, [])
+        return before + [(start, end) for start, end, text in parts if text is not None]
 
-    def missing(self, life):
-        at = 0
-        for start, end in sorted(self.covered(life) + self.inherited(life)):
+    def missing(self, life, following=None):
+        """What never came of a life, nor comes as the beginning of the following one."""
+        at, heir = 0, following and following.parent is life
+        own = [(0, following.shared())] if heir else []
+        for start, end in sorted(self.covered(life) + self.inherited(life) + own):
             if start > at:
                 yield at, start
             at = max(at, end)
         if at < len(life.data):
             yield at, len(life.data)
 
-    def check(self, last, refused=False):
-        """Up to the last life: nothing is missing that is still there, nothing came twice, the characters are whole.
+    def check(self, last, doubt, refused=False):
+        """Nothing is missing, up to the last life, that is still there; nothing came twice.
 
-        Where a cursor was refused, a seam says that what came after it may be missing.
+        Where a cursor was refused, a seam says that what came after it may be missing; where there
+        is doubt, or a name tells nothing over a restart, a gap does.
         """
         for life in self.lives[self.first.number : last.number + 1]:
             told = self.position(life) if refused and life in self.parts else math.inf
+            if self.is_told(life) and (doubt or life.hidden):
+                told = 0
             for start, end in self.missing(life):
-                assert start >= min(life.gone, told), f"{start} to {end} of {life} never came, in {self}"
-            joined = "".join(text for _, _, text in self.parts.get(life, []) if text)
-            spans = [(start, end) for start, end, text in self.parts.get(life, []) if text]
-            assert joined == b"".join(bytes(life.data[slice(*span)]) for span in spans).decode(errors="replace")
-            if life.kept and life is not self.first and spans and self.parts.get(life.parent):
-                sent = self.position(life.parent)
-                assert spans[0][0] >= min(life.kept, sent) - 3, f"{life} again from {spans[0][0]}, {life.kept} was kept"
+                message = f"{start} to {end} of {life} never came, in {self}"
+                assert start >= min(life.gone, told), message
+            self.check_text(life)
+
+    def check_text(self, life):
+        """Whole characters; and after a cut no more again than the line in which it lies."""
+        spans = [(start, end) for start, end, text in self.parts.get(life, []) if text]
+        joined = "".join(text for _, _, text in self.parts.get(life, []) if text)
+        expected = b"".join(bytes(life.data[slice(*span)]) for span in spans)
+        assert joined == expected.decode(errors="replace")
+        if not spans or life is self.first or not self.parts.get(life.parent):
+            return
+        if life.trimmed:
+            again = f"{life} begins at {spans[0][0]}, {life.trimmed} bytes of it were sent before"
+            assert spans[0][0] >= life.trimmed or self.is_told(life), again
+        if life.kept > PROVED:  # else the first 4 KiB are no longer what was sent
+            kept = life.line_start(min(life.kept, self.position(life.parent)))
+            assert spans[0][0] >= kept, f"{life} again from {spans[0][0]}, {life.kept} was kept"
 
     def __repr__(self):
-        places = [f"{life.number}: {parts[-1][0]}-{parts[-1][1]}" for life, parts in self.parts.items()]
-        return f"reading from {self.start} of {self.first}, now in {self.current} ({self.entered}): {places[-9:]}"
+        places = [
+            f"{life.number}: {parts[-1][0]}-{parts[-1][1]}" for life, parts in self.parts.items()
+        ]
+        now = f"now in {self.current} ({self.entered})"
+        return f"reading from {self.start} of {self.first}, {now}: {places[-9:]}"
+
+
+def make_room(log):
+    """log.1 becomes log.2 and so on; the log stays."""
+    for number, packed in itertools.product(range(63, 0, -1), ("", ".gz")):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{log}.{number}{packed}", f"{log}.{number + 1}{packed}")
 
 
 class Eye:
@@ -184,16 +257,18 @@ class Eye:
                 reading = self.begin(reading, frames[0], life)
             for frame in frames:
                 reading.take(frame)
-        reading.check(self.scene.life)
+        reading.check(self.scene.life, self.scene.doubt)
 
     def begin(self, reading, snapshot, life):
-        """A snapshot that goes on nowhere: the first one, or one for a cursor whose bytes are gone."""
+        """A snapshot that goes on nowhere: the first, or one for a cursor whose bytes are gone."""
         if reading:
             places = [(each, parts[-1][1]) for each, parts in reading.parts.items()]
-            places = [place for place in places if place[0].number >= reading.current.number - 1]
+            places = [each for each in places if each[0].number >= reading.current.number - 1]
+            lost = any(each.hidden or each.gone < at for each, at in places)
             refused = f"refused: {snapshot['reason']}, {reading}"
-            assert snapshot["reason"] in ("ahead", "changed") and any(each.gone < at for each, at in places), refused
-            reading.check(reading.current, refused=True)
+            assert snapshot["reason"] in ("ahead", "changed", "gone"), refused
+            assert lost or self.scene.doubt, refused
+            reading.check(reading.current, self.scene.doubt, refused=True)
         return Reading(self.scene.lives, life, snapshot["start"])
 
 
@@ -202,10 +277,15 @@ class Scene:
 
     def __init__(self, seed, folder):
         self.dice = random.Random(seed)
-        self.log, self.folder = folder / "log", folder
+        self.doubts = seed % 3 == 0  # clocks are set, and calls fail: lines may be told as missing
+        self.doubt, self.faults = False, None
+        self.log, self.folder = folder / "logs" / "log", folder / "logs"
+        self.folder.mkdir()
+        if self.doubts and (shim := build_shim(folder)):
+            self.faults = Faults(shim, self.folder, folder / "control")
         self.port, self.server = free_port(), None
         self.lives, self.count = [Life(0)], itertools.count()
-        self.late = None  # the life that was renamed last, as long as something may be written to it
+        self.late = None  # the life that was renamed last, if something may be written to it
         self.open_line = self.unnoticed = self.down = False
         self.plain, self.eyes, self.away = [], [], []
         self.done = []
@@ -221,7 +301,10 @@ class Scene:
         self.open_line = not data.endswith(b"\n")
 
     def line(self, most=60):
-        return b"%d:%b\n" % (next(self.count), b"".join(self.dice.choices(ODD, k=self.dice.randint(0, most))))
+        return b"%d:%b\n" % (
+            next(self.count),
+            b"".join(self.dice.choices(ODD, k=self.dice.randint(0, most))),
+        )
 
     def append(self):
         data = b"".join(self.line() for _ in range(self.dice.choice([1, 1, 2, 5, 40])))
@@ -241,12 +324,16 @@ class Scene:
     # rotating
 
     def begin_life(self, kept=0, parent=None):
+        self.life.cut_off = parent is not None
         self.lives.append(Life(len(self.lives), parent, kept))
         self.open_line = bool(kept) and self.life.data[-1:] != b"\n"
         self.late = None
 
     def round_off(self):
-        """A file gets its name from its first line; half a character in a file found as rotated may wait for 30 s."""
+        """A file gets its name from its first line.
+
+        Half a character in a file that was found as a rotated one may wait for 30 s.
+        """
         if self.down or b"\n" not in self.life.data:
             self.finish_line()
 
@@ -263,8 +350,7 @@ class Scene:
 
     def copytruncate(self):
         self.round_off()
-        shift(self.log)
-        os.rename(f"{self.log}.1", self.log)
+        make_room(self.log)
         shutil.copy(self.log, f"{self.log}.1")
         os.truncate(self.log, 0)
         self.begin_life()
@@ -278,7 +364,11 @@ class Scene:
 
     def replace(self):
         self.replace_unseen()
-        eventually(lambda: self.down or not self.log.exists() or self.is_open(), 5, "the copy is not opened")
+        eventually(
+            lambda: self.down or not self.log.exists() or self.is_open(),
+            5,
+            "the copy is not opened",
+        )
 
     def is_open(self):
         files = Path(f"/proc/{self.server.process.pid}/fd").iterdir()
@@ -303,8 +393,64 @@ class Scene:
         """What comes after these bytes is no longer on disk."""
         for life in reversed(self.lives):
             life.gone = min(life.gone, kept)
+            life.unseen |= self.down
             if not life.kept:
                 break
+
+    def rename_aside(self):
+        """To a name that counts as long as there are file events, and tells nothing later."""
+        self.round_off()
+        self.life.hidden = True
+        self.log.rename(self.folder / f"aside {len(self.lives)}")
+        self.begin_life()
+        if self.dice.random() < 0.7:
+            self.append()
+
+    def rename_empty(self):
+        """And the empty file after it."""
+        self.round_off()
+        for _ in range(2):
+            shift(self.log)
+            self.begin_life()
+            self.log.touch()
+
+    def lose_rotated(self):
+        """Somebody deletes a rotated file, of those that are no longer read."""
+        names = [*self.folder.glob("log.*[0-9]"), *self.folder.glob("log.*.gz")]
+        path = self.dice.choice(sorted(names) or [None])
+        if path is None or path.name in ("log.1", "log.1.gz"):
+            return
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            content = file.read()
+        path.unlink()
+        for life in self.lives:
+            if content.startswith(bytes(life.data)):
+                life.gone = 0
+
+    def set_clock_back(self):
+        """Or forward: the times of change no longer say what the names say."""
+        names = [*self.folder.glob("log.*[0-9]"), *self.folder.glob("log.*.gz"), self.log]
+        for path in self.dice.sample(names, min(2, len(names))):
+            if path.exists():
+                moment = time.time() + self.dice.choice([-90_000, -3600, -60, 3600])
+                os.utime(path, (moment, moment))
+        self.doubt = True
+
+    def trouble(self):
+        """Calls that fail, while lines and rotations come."""
+        if self.faults and not self.down:
+            self.settle()
+            chances = self.dice.choice(
+                [{"reads": 200}, {"short": 300}, {"opens": 200}, {"stats": 200}]
+            )
+            self.doubt |= "short" not in chances
+            self.faults.happen(**chances, because=self.dice.choice([errno.ENFILE, errno.EIO]))
+            for _ in range(self.dice.randint(1, 4)):
+                self.act(self.dice.choice([self.append, self.rename]))
+                time.sleep(self.dice.choice([0, 0.1, 0.4]))
+            self.faults.nothing()
+            self.settle()
 
     def delete(self):
         self.finish_line()
@@ -336,11 +482,40 @@ class Scene:
         if not self.unnoticed:
             self.write(b"+" + self.line())
 
+    def trim(self):
+        """To its last lines, as cron does it."""
+        data = bytes(self.life.data)
+        starts = [at + 1 for at in range(len(data) - 1) if data[at : at + 1] == b"\n"][-40:]
+        kept = data[self.dice.choice(starts or [0]) :]
+        if len(kept) == len(data) or kept.find(data[-PROVED:][-len(kept) :]) + PROVED < len(kept):
+            return self.append()
+        with open(self.log, "wb", buffering=0) as file:
+            file.write(kept)
+        self.lose()
+        self.begin_life(0, self.life)
+        self.life.data += kept
+        self.life.trimmed = len(kept)
+
+    def edit(self):
+        """One byte of the first or the last 4 KiB, in its place."""
+        data = self.life.data
+        size = len(data)
+        place = self.dice.choice([self.dice.randrange(min(size, PROVED)), size - 1 - PROVED // 2])
+        if place < 0 or data[place] in b"\n#":
+            return self.append()
+        with open(self.log, "r+b", buffering=0) as file:
+            file.seek(place)
+            file.write(b"#")
+        self.lose(place)
+        self.begin_life(place, self.life)
+        self.life.data += b"#" + self.life.parent.data[place + 1 :]
+
     # looking on
 
     def settle(self):
         """Everybody who reads has everything."""
-        if self.unnoticed:  # what was cut far away: anything written before the server looked would be taken for old
+        # what was cut far away: anything written before the server looked would be taken for old
+        if self.unnoticed:
             eventually(lambda: "truncated" in self.witness.viewer.reasons()[self.reasons :])
         self.unnoticed = False
         self.finish_line()
@@ -362,14 +537,17 @@ class Scene:
         return self.eyes[0]
 
     def start(self):
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        self.server = Server(self.log, "--interval", 0.3, "--rate-limit", 0, folder=folder, port=self.port)
+        options = {"env": self.faults.variables, "dev": False} if self.faults else {}
+        options["folder"] = Path(tempfile.mkdtemp(dir=self.folder.parent))
+        options["port"] = self.port
+        self.server = Server(self.log, "--interval", 0.3, "--rate-limit", 0, **options)
 
     def mishap(self, *steps):
         """While the server does not look."""
         if steps:
             return [self.act(step) for step in steps]
         harmless = [self.append, self.append, self.rename, self.copytruncate, self.compress]
+        harmless += [self.rename_empty, self.rename_aside]
         harmless += [self.replace] if self.down else []
         for _ in range(self.dice.randint(1, 4)):
             self.act(self.dice.choice(harmless))
@@ -404,7 +582,8 @@ class Scene:
     def destroy(self):
         """With everything sent to everybody who reads."""
         self.settle()
-        self.act(self.dice.choice([self.delete, self.truncate, self.cut]))
+        steps = [self.delete, self.truncate, self.cut, self.trim, self.edit]
+        self.act(self.dice.choice(steps))
         self.settle()
 
     def copy_and_truncate(self):
@@ -446,13 +625,17 @@ class Scene:
 
     def join_plainly(self):
         self.settle()
-        self.plain.append((Viewer(self.server), self.witness.viewer, len(self.witness.viewer.frames)))
+        self.plain.append(
+            (Viewer(self.server), self.witness.viewer, len(self.witness.viewer.frames))
+        )
         self.plain[-1][0].wait(lambda it: it.frames)
 
     def check_plain(self, whole=True):
         """A plain viewer gets the text of the others."""
         for viewer, witness, begun in self.plain:
-            frames = [viewer.frames[0]] + [frame.get("text", "") for frame in witness.frames[begun:]]
+            frames = [viewer.frames[0]] + [
+                frame.get("text", "") for frame in witness.frames[begun:]
+            ]
             expected, size = "".join(frames), 1 << 60
             if whole:
                 viewer.wait(lambda it, expected=expected: len(it.text) >= len(expected))
@@ -469,9 +652,23 @@ class Scene:
         step()
 
     def happen(self, steps):
-        weights = {self.append: 60, self.settle: 5, self.rename: 8, self.copy_and_truncate: 4, self.replace: 3}
-        weights |= {self.destroy: 5, self.stand_still: 5, self.restart: 3, self.compress: 4, self.write_late: 4}
+        weights = {
+            self.append: 60,
+            self.settle: 5,
+            self.rename: 8,
+            self.copy_and_truncate: 4,
+            self.replace: 3,
+        }
+        weights |= {
+            self.destroy: 5,
+            self.stand_still: 5,
+            self.restart: 3,
+            self.compress: 4,
+            self.write_late: 4,
+        }
         weights |= {self.join: 4, self.leave: 4, self.come_back: 4, self.join_plainly: 3}
+        weights |= {self.rename_aside: 2, self.rename_empty: 2, self.lose_rotated: 2}
+        weights |= {self.set_clock_back: self.doubts, self.trouble: 3 * self.doubts}
         for step in self.dice.choices(list(weights), list(weights.values()), k=steps):
             self.act(step)
 
@@ -482,6 +679,7 @@ class Scene:
         self.settle()
 
     def finish(self):
+        self.settle()
         for eye in self.away:
             eye.open()
         self.eyes += self.away
@@ -512,7 +710,9 @@ def play(seed, folder, story=lambda scene: scene.happen(STEPS)):
         scene.server.check()
     except BaseException as error:
         recent = " ".join(scene.done[-12:])
-        raise AssertionError(f"{error}\nafter {recent}\nrepeat: python3 tests/test_random.py {seed}") from error
+        raise AssertionError(
+            f"{error}\nafter {recent}\nrepeat: python3 tests/test_random.py {seed}"
+        ) from error
     finally:
         scene.clear()
 

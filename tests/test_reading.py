@@ -33,8 +33,14 @@ def open_details(page: page_actions.Page, text: str) -> None:
     page.wait(f"{DETAILS} !== ''")
 
 
-def test_a_json_line_is_unfolded_into_its_fields_and_filtered_by_one(serve: Serve, log: Path, watch: Watch) -> None:
-    written = ['{"level":"info","user":"ann","n":1}', '{"level":"warn","user":"bob","n":2}', "a=1 user=cy b=3"]
+def test_a_json_line_is_unfolded_into_its_fields_and_filtered_by_one(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    written = [
+        '{"level":"info","user":"ann","n":1}',
+        '{"level":"warn","user":"bob","n":2}',
+        "a=1 user=cy b=3",
+    ]
     write(log, written)
     page = watch(serve(log).url)
     page.wait(f"{LINES}.length === 3")
@@ -71,7 +77,9 @@ def test_the_rest_of_a_long_line_comes_on_a_click_and_a_match_in_it_into_view(
     assert page.js("document.querySelectorAll('.more').length") == 0
 
 
-def test_colours_of_a_terminal_are_shown_and_their_codes_are_not(serve: Serve, log: Path, watch: Watch) -> None:
+def test_colours_of_a_terminal_are_shown_and_their_codes_are_not(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, ["\x1b[1;31mred\x1b[0m and plain \x1b[42mground\x1b[m end"])
     page = watch(serve(log).url)
 
@@ -82,7 +90,9 @@ def test_colours_of_a_terminal_are_shown_and_their_codes_are_not(serve: Serve, l
     assert page.js("document.querySelector('mark').textContent") == "plain"
 
 
-def test_wrapping_and_times_are_a_matter_of_choice_that_is_remembered(serve: Serve, log: Path, watch: Watch) -> None:
+def test_wrapping_and_times_are_a_matter_of_choice_that_is_remembered(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("many words " * 40, "end"))
     url = serve(log).url
     page = watch(url)
@@ -143,7 +153,9 @@ def test_the_marked_line_is_in_the_address_and_a_link_shows_that_line_and_no_oth
 
     page.press("PageUp")
     page.wait(AT_REST)
-    meant = page.js(f"{LINES}.filter(line => line.getBoundingClientRect().top > 200)[0].textContent")
+    meant = page.js(
+        f"{LINES}.filter(line => line.getBoundingClientRect().top > 200)[0].textContent"
+    )
     open_details(page, meant)
     page.wait("/^#at=\\d+&line=[0-9a-f]{16}$/.test(location.hash)")
     address = page.js("location.href")
@@ -157,7 +169,9 @@ def test_the_marked_line_is_in_the_address_and_a_link_shows_that_line_and_no_oth
     assert third.js(HERE) is None
 
 
-def test_a_match_is_not_marked_in_the_middle_of_another_ones_text(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_match_is_not_marked_in_the_middle_of_another_ones_text(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, ["\x1b[31mab\x1b[0mcd"])
     page = watch(serve(log).url)
 

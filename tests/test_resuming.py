@@ -1,4 +1,4 @@
-"""A cursor goes on where it was, on any process that has the same bytes; else it says that it does not."""
+"""A cursor goes on where it was, on any process that has the same bytes; else it says so."""
 
 import contextlib
 import gzip
@@ -9,7 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NO_INOTIFY, add, append, lines, pack, shift
+from harness import (
+    NO_INOTIFY,
+    add,
+    append,
+    copied_and_truncated,
+    lines,
+    pack,
+    rotated,
+    rotated_to_dates,
+    shift,
+)
 
 FIRST = lines(200)
 END = lines(1, 19_999)
@@ -42,65 +52,25 @@ def killed(server, serve, log):
 
 
 def a_copy_elsewhere(server, serve, log):
-    elsewhere = shutil.copytree(log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copyfile)
+    elsewhere = shutil.copytree(
+        log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copyfile
+    )
     return serve(elsewhere / log.name)
 
 
-# what is written while nobody watches; how many rotations
-
-
-def grown(log):
-    return add(log, "a"), 0
-
-
-def grown_much(log):
-    return append(log, lines(20_000, 1000)).decode(), 0
-
-
-def rotated_at_the_cursor(log):
-    shift(log)
-    return add(log, "b"), 1
-
-
-def rotated(log, tags="b", packed=(), limit=10):
-    added = add(log, "a")
-    for tag in tags:
-        shift(log)
-        added += add(log, tag, limit)
-    for number in packed:
-        pack(Path(f"{log}.{number}"))
-    return added, len(tags)
-
-
-def rotated_twelve_times(log):
-    return rotated(log, "bcdefghijklm")
-
-
-def rotated_and_packed(log):
-    return rotated(log, "bcd", packed=(3, 2))
-
-
-def rotated_and_all_packed(log):
-    return rotated(log, packed=(1,))
-
-
-def rotated_to_dates(log, separator="-"):
-    added = add(log, "a")
-    for day, tag in ((17, "b"), (18, "c")):
-        log.rename(f"{log}{separator}202512{day}")
-        added += add(log, tag)
-    return added, 2
-
-
-def rotated_to_dates_with_dots(log):
-    return rotated_to_dates(log, ".")
-
-
-def copied_and_truncated(log):
-    added = add(log, "a")
-    shutil.copy(log, f"{log}.1")
-    os.truncate(log, 0)
-    return added + add(log, "b"), 1
+# what is written while nobody watches -> how many rotations that is
+MEANWHILE = {
+    "grown": (lambda log: add(log, "a"), 0),
+    "grown much": (lambda log: append(log, lines(20_000, 1000)).decode(), 0),
+    "rotated at the cursor": (lambda log: shift(log) or add(log, "b"), 1),
+    "rotated": (rotated, 1),
+    "rotated twelve times": (lambda log: rotated(log, "bcdefghijklm"), 12),
+    "rotated and packed": (lambda log: rotated(log, "bcd", packed=(3, 2)), 3),
+    "rotated and all packed": (lambda log: rotated(log, packed=(1,)), 1),
+    "rotated to dates": (lambda log: rotated_to_dates(log, "--"), 2),
+    "rotated to dates with dots": (lambda log: rotated_to_dates(log, ".."), 2),
+    "copied and truncated": (copied_and_truncated, 1),
+}
 
 
 @pytest.fixture
@@ -110,26 +80,12 @@ def log(tmp_path):
     return tmp_path / "here" / "AUTO_REPAIR_AUDIT.log"
 
 
-@pytest.mark.parametrize(
-    "happens",
-    [
-        grown,
-        grown_much,
-        rotated_at_the_cursor,
-        rotated,
-        rotated_twelve_times,
-        rotated_and_packed,
-        rotated_and_all_packed,
-        rotated_to_dates,
-        rotated_to_dates_with_dots,
-        copied_and_truncated,
-    ],
-)
-def test_a_cursor_goes_on_where_it_was_on_any_server(happens, serve, view, log):
+@pytest.mark.parametrize(("happens", "rotations"), MEANWHILE.values(), ids=MEANWHILE)
+def test_a_cursor_goes_on_where_it_was_on_any_server(happens, rotations, serve, view, log):
     end = len(append(log, FIRST))
     server, cursor = cursor_at_the_end(serve, view, log)
 
-    added, rotations = happens(log)
+    added = happens(log)
     places = [place(server, serve, log) for place in (the_same, a_copy_elsewhere)]
     viewers = [view(place, json=True, since=cursor) for place in places]
     for path in {place.log for place in places}:
@@ -137,7 +93,11 @@ def test_a_cursor_goes_on_where_it_was_on_any_server(happens, serve, view, log):
 
     for viewer in viewers:
         assert viewer.wait("marker\n").joined() == added + "marker\n"
-        assert (viewer.frames[0]["resumed"], viewer.frames[0]["reason"], viewer.frames[0]["start"]) == (True, None, end)
+        assert (
+            viewer.frames[0]["resumed"],
+            viewer.frames[0]["reason"],
+            viewer.frames[0]["start"],
+        ) == (True, None, end)
         assert len(viewer.reasons()) == rotations
 
 
@@ -173,7 +133,9 @@ def test_every_cursor_on_the_way_is_good(serve, view, log):
         rest = written[seen:]
         for place in (server, other):
             resumed = view(place, json=True, since=frame["cursor"])
-            assert resumed.wait(lambda it, rest=rest: it.text == rest and it.frames).frames[0]["resumed"]
+            assert resumed.wait(lambda it, rest=rest: it.text == rest and it.frames).frames[0][
+                "resumed"
+            ]
             resumed.joined()
             resumed.close()
 
@@ -416,7 +378,18 @@ def refused(viewer, log):
     return snapshot["reason"]
 
 
-FORGED = ["x", "v1.5.AAAA", "-1", "9" * 400, "é\0\n", "../../etc/passwd", "A" * 4000, "[[", '{"a": 1}', "v1.0.-.-"]
+FORGED = [
+    "x",
+    "v1.5.AAAA",
+    "-1",
+    "9" * 400,
+    "é\0\n",
+    "../../etc/passwd",
+    "A" * 4000,
+    "[[",
+    '{"a": 1}',
+    "v1.0.-.-",
+]
 
 
 def test_a_forged_cursor_gets_a_snapshot_and_a_reason(serve, view, log, tmp_path):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import KEY, SCRIPT, append, environment, eventually, lines, run
+from harness import KEY, SCRIPT, append, environment, eventually, lines, run
 
 JSON = "application/json"
 MIB = 2**20
@@ -23,7 +23,9 @@ MIB = 2**20
 def reason(finished: subprocess.CompletedProcess[str]) -> str:
     """The one line on standard error."""
     assert finished.stdout == ""
-    assert len(finished.stderr.splitlines()) == 1 and "Traceback" not in finished.stderr, finished.stderr
+    assert len(finished.stderr.splitlines()) == 1 and "Traceback" not in finished.stderr, (
+        finished.stderr
+    )
     return finished.stderr
 
 
@@ -83,13 +85,17 @@ def test_a_log_with_any_name_is_followed(serve, view, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("interpreter", "named"), [([], "index.html"), (["-S", "-I"], "pip")], ids=["page", "websockets"]
+    ("interpreter", "named"),
+    [([], "index.html"), (["-S", "-I"], "pip")],
+    ids=["page", "websockets"],
 )
 def test_a_missing_part_is_one_clear_line(interpreter, named, log, tmp_path):
     alone = shutil.copy(SCRIPT, tmp_path)
     command = [sys.executable, *interpreter, alone, "--log", log, "--port", "0"]
 
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment())
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, env=environment()
+    )
 
     assert finished.returncode == 1
     assert named in reason(finished)
@@ -133,7 +139,9 @@ def test_demo_writes_an_entry_every_second(serve, log, view):
 
     viewer.wait(lambda it: it.text.count("\n") >= 3, seconds=8)
 
-    assert all(re.match(r"\[\d{4}-\d\d-\d\dT[\d:.]+Z\] \w", line) for line in viewer.text.splitlines())
+    assert all(
+        re.match(r"\[\d{4}-\d\d-\d\dT[\d:.]+Z\] \w", line) for line in viewer.text.splitlines()
+    )
     assert not log.exists()
 
 
@@ -148,10 +156,14 @@ def test_append_writes_a_dated_line_of_its_own(log):
 
     assert [each.returncode for each in finished] == [0, 0]
     unfinished, *dated, end = log.read_bytes().decode().split("\n")
-    entries = [re.fullmatch(r"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{6}Z\] (.*)", line) for line in dated]
+    entries = [
+        re.fullmatch(r"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{6}Z\] (.*)", line) for line in dated
+    ]
     assert (unfinished, end) == ("unfinished", "")
     assert [entry and entry[2] for entry in entries] == ["Auto-repair: ✅ one", "two  "]
-    clock = {time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(before + second)) for second in range(20)}
+    clock = {
+        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(before + second)) for second in range(20)
+    }
     assert {entry and entry[1] for entry in entries} <= clock
 
 
@@ -228,7 +240,13 @@ def test_head_is_get_without_a_body(serve, log):
     append(log, lines(3))
     server = serve(log)
 
-    for path, expected in {"/": 200, "/healthz": 200, "/api/audit": 200, "/other": 404, "/ws/audit": 426}.items():
+    for path, expected in {
+        "/": 200,
+        "/healthz": 200,
+        "/api/audit": 200,
+        "/other": 404,
+        "/ws/audit": 426,
+    }.items():
         got, headed = server.get(path), server.get(path, method="HEAD")
         raw = server.raw(f"HEAD {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
 
@@ -255,7 +273,16 @@ def test_other_methods_get_405(serve, log):
 
 def test_errors_are_one_sentence_of_json(serve, log, tmp_path):
     server = serve(log)
-    paths = ("/index.html", "/static/index.html", "/../etc/passwd", "/%2e%2e/", "//", "/api", "/api/audit/", "/?a=/..")
+    paths = (
+        "/index.html",
+        "/static/index.html",
+        "/../etc/passwd",
+        "/%2e%2e/",
+        "//",
+        "/api",
+        "/api/audit/",
+        "/?a=/..",
+    )
 
     answers = [(404, server.get(path)) for path in paths[:-1]]
     answers += [(426, server.get("/ws/audit")), (503, server.get("/api/audit"))]
@@ -291,11 +318,18 @@ BAD_HEADERS = {
 def test_missing_malformed_and_doubled_headers_get_400(serve, log):
     append(log, lines(1))
     server = serve(log)
-    upgrade = ["Upgrade: websocket", "Connection: Upgrade", f"Sec-WebSocket-Key: {KEY}", "Sec-WebSocket-Version: 13"]
+    upgrade = [
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Key: {KEY}",
+        "Sec-WebSocket-Version: 13",
+    ]
     requests = {"/api/audit": [], "/": [], "/ws/audit": upgrade}
 
     answers = {
-        (name, path): server.raw("\r\n".join([f"GET {path} HTTP/1.1", *headers, *more, "", ""]).encode())
+        (name, path): server.raw(
+            "\r\n".join([f"GET {path} HTTP/1.1", *headers, *more, "", ""]).encode()
+        )
         for name, headers in BAD_HEADERS.items()
         for path, more in requests.items()
     }
@@ -308,14 +342,21 @@ def test_missing_malformed_and_doubled_headers_get_400(serve, log):
 def test_a_doubled_cookie_is_read(serve, log):
     append(log, lines(1))
 
-    answer = serve(log).raw(b"GET /api/audit HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: a=b\r\nCookie: c=d\r\n\r\n")
+    answer = serve(log).raw(
+        b"GET /api/audit HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: a=b\r\nCookie: c=d\r\n\r\n"
+    )
 
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_handshake_needs_a_key_of_16_bytes(serve, log):
     server = serve(log)
-    fields = ["Host: 127.0.0.1", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+    fields = [
+        "Host: 127.0.0.1",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+    ]
     keys = {"SGVsbG8sIHdvcmxkIQ==": 400, "no base 64!": 400, KEY: 101}
 
     for key, expected in keys.items():
@@ -381,7 +422,9 @@ def test_healthz_gives_the_reason(put, word, serve, log, tmp_path):
 # /api/audit
 
 
-@pytest.mark.parametrize("content", ["", lines(3), lines(3) + "unfinished", b"\xe9\r\n\0\xff\n"], ids=range(4))
+@pytest.mark.parametrize(
+    "content", ["", lines(3), lines(3) + "unfinished", b"\xe9\r\n\0\xff\n"], ids=range(4)
+)
 def test_a_small_log_is_served_to_its_last_whole_line(content, serve, log):
     written = append(log, content)
 
@@ -463,7 +506,9 @@ def test_the_etag_names_the_generation(serve, log):
     grown = server.get("/api/audit", If_Match=etag)
     log.rename(f"{log}.1")
     append(log, lines(10, start=500))
-    rotated = eventually(lambda: (answer := server.get("/api/audit", If_Match=etag))[0] == 412 and answer)
+    rotated = eventually(
+        lambda: (answer := server.get("/api/audit", If_Match=etag))[0] == 412 and answer
+    )
 
     assert re.fullmatch(r'"[^"]+"', etag) and elsewhere == etag
     assert (same[0], grown[0]) == (206, 200)

@@ -6,8 +6,21 @@ from pathlib import Path
 
 import page_actions
 from browsers import Page
-from conftest import append, eventually
-from page_actions import LINES, SHOWS, STATE, TOLD, Serve, Watch, click, ends_with, entries, numbered, shows, write
+from harness import append, eventually
+from page_actions import (
+    LINES,
+    SHOWS,
+    STATE,
+    TOLD,
+    Serve,
+    Watch,
+    click,
+    ends_with,
+    entries,
+    numbered,
+    shows,
+    write,
+)
 
 PROOF = "document.querySelector('#proof').textContent"
 PROVED = "document.querySelector('#proof').dataset.state"
@@ -24,7 +37,9 @@ def tell(page: Page, message: str) -> None:
     page.js(f"onMessage({message}) || 1")
 
 
-def test_a_missing_log_is_red_in_the_pill_the_title_and_the_header(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_missing_log_is_red_in_the_pill_the_title_and_the_header(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     written = write(log, entries("one"))
     page = watch(serve(log, "--interval", "0.2").url)
     page.wait(f"{SHOWS} === 'live' && {PROVED} === 'ok'")
@@ -66,13 +81,18 @@ def test_an_alarm_stays_over_view_and_reload_and_on_every_tab_until_it_is_dismis
     page.wait(f"{SHOWS} === 'live'")
 
 
-def test_a_gap_between_generations_is_a_seam_and_no_complete(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_gap_between_generations_is_a_seam_and_no_complete(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("one"))
     page = watch(serve(log).url)
     page.wait(f"{PROVED} === 'ok'")
 
-    tell(page, """{ type: "generation", reason: "rotated", generation: "g2", start: 0, cursor: "",
-                    gap: "app.log.2 cannot be read" }""")
+    tell(
+        page,
+        """{ type: "generation", reason: "rotated", generation: "g2", start: 0, cursor: "",
+                    gap: "app.log.2 cannot be read" }""",
+    )
 
     page.wait(f"{SEAMS}.join() === 'rotated,gap'")
     assert "app.log.2 cannot be read" in page.js("document.querySelector('#lines').textContent")
@@ -147,7 +167,10 @@ def test_the_header_never_moves(serve: Serve, log: Path, watch: Watch) -> None:
         page.resize(width, 700)
         page.wait(f"innerWidth === {width}")
         ends_with(page, written[-1])
-        before, top = page.js(HEADER), page.js("document.querySelector('#auditBox').getBoundingClientRect().top")
+        before, top = (
+            page.js(HEADER),
+            page.js("document.querySelector('#auditBox').getBoundingClientRect().top"),
+        )
 
         page.press("/")
         page.type("entry 29")
@@ -187,11 +210,16 @@ def test_what_is_new_since_one_looked_away_is_in_the_title_and_below_a_divider(
 
     page.wait("!document.hidden && !document.title.startsWith('(')")
     page.wait("!!document.querySelector('.fresh')")
-    assert page.js("document.querySelector('.fresh').nextSibling.textContent") == "[2025-12-17T17:40:37Z] entry 10"
+    assert (
+        page.js("document.querySelector('.fresh').nextSibling.textContent")
+        == "[2025-12-17T17:40:37Z] entry 10"
+    )
     assert page.js(f"{LINES}.length") == 13
 
 
-def test_a_refused_websocket_is_not_explained_by_guesses(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_refused_websocket_is_not_explained_by_guesses(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, entries("one"))
     server = serve(log)
     page = watch(server.url, trouble=True)

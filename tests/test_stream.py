@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import append, eventually, lines, run
+from harness import append, eventually, lines, run
 from websockets.sync.client import connect
 
 MIB = 2**20
@@ -42,13 +42,23 @@ LINE = len(lines(1).encode())
         ("one\n\rtwo\u2028\v\f\x1c\u0085\n", 14, "\rtwo\u2028\v\f\x1c\u0085\n"),
         ("\n\n\n", 2, "\n\n"),
     ],
-    ids=["small", "exact", "one byte less", "largest", "unfinished", "only newlines end lines", "empty lines"],
+    ids=[
+        "small",
+        "exact",
+        "one byte less",
+        "largest",
+        "unfinished",
+        "only newlines end lines",
+        "empty lines",
+    ],
 )
 def test_the_first_frame_is_the_end_of_the_log(content, initial, expected, serve, view, log):
     written = append(log, content)
     server = serve(log, "--initial", initial, "--interval", 60)
 
-    plain, snapshot = (view(server, json=json).wait(lambda it: it.frames).frames[0] for json in (False, True))
+    plain, snapshot = (
+        view(server, json=json).wait(lambda it: it.frames).frames[0] for json in (False, True)
+    )
 
     assert plain == snapshot["text"] == expected
     end = written.rindex(b"\n") + 1
@@ -152,7 +162,9 @@ def test_an_entry_arrives_whoever_writes_it(serve, view, log):
 
     for number, write in enumerate((by_option, by_shell, by_program), start=1):
         write(log)
-        viewer.wait(lambda it, number=number: it.text.count("Fixed database issue\n") == number, seconds=3)
+        viewer.wait(
+            lambda it, number=number: it.text.count("Fixed database issue\n") == number, seconds=3
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs inotify")
@@ -200,7 +212,10 @@ def test_any_content_arrives_as_it_is(serve, view, log):
     for viewer in viewers:
         assert viewer.text == written.decode(errors="replace")
     for viewer in viewers[1::2]:
-        assert [frame["start"] for frame in viewer.frames] == [0, *(frame["end"] for frame in viewer.frames[:-1])]
+        assert [frame["start"] for frame in viewer.frames] == [
+            0,
+            *(frame["end"] for frame in viewer.frames[:-1]),
+        ]
 
 
 def test_an_unfinished_line_waits_for_its_end(serve, view, log):
@@ -250,7 +265,13 @@ def test_a_long_line_comes_in_bounded_pieces(serve, view, log):
     viewers = [view(server).wait(lines(1)), view(server, json=True).wait(lines(1))]
     written = lines(1).encode()
 
-    for content in ("x" + "😀" * 200_000, "\x01" * 400_000, b"\xff" * 400_000, '"\\' * 200_000, "end"):
+    for content in (
+        "x" + "😀" * 200_000,
+        "\x01" * 400_000,
+        b"\xff" * 400_000,
+        '"\\' * 200_000,
+        "end",
+    ):
         written += append(log, content) + append(log, "\n")
 
     for viewer in viewers:
@@ -282,7 +303,9 @@ def test_viewers_that_never_read_cost_neither_memory_nor_time(serve, view, log):
     chunk = lines(100_000)
     with contextlib.ExitStack() as stack:
         for number in range(10):
-            stack.enter_context(server.upgrade(*["Sec-WebSocket-Protocol: audit.v1.json"] * (number % 2)))
+            stack.enter_context(
+                server.upgrade(*["Sec-WebSocket-Protocol: audit.v1.json"] * (number % 2))
+            )
         before, delays = server.memory(), []
 
         for _ in range(24):
@@ -307,7 +330,9 @@ def test_a_slow_viewer_gets_every_byte_in_the_end(serve, view, log):
     quick, slow = view(server, json=True), view(server, json=True, receive_buffer=4096)
     slow.wait(lines(1)).hold()
 
-    written = lines(1) + "".join(append(log, lines(10_000, start)).decode() for start in range(1, 100_000, 10_000))
+    written = lines(1) + "".join(
+        append(log, lines(10_000, start)).decode() for start in range(1, 100_000, 10_000)
+    )
     quick.wait(received(len(written.encode())))
     slow.release()
     slow.wait(received(len(written.encode())), 30)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from browsers import Page
-from conftest import Server
+from harness import Server
 from page_actions import COUNT, FIRST, LINES, SHOWS, TEXTS, TOLD, Serve, Watch, click, search, write
 
 BEGIN = datetime(2025, 12, 1, tzinfo=UTC)
@@ -19,7 +19,11 @@ PATH = "document.querySelector('#{}').getAttribute('d')"
 
 def entry(number: int) -> str:
     """Ten days, one line in 43 s; between 12,000 and 12,001 there is a silence of a week."""
-    at = BEGIN + timedelta(seconds=43 * number) + (timedelta(days=7) if number > 12_000 else timedelta())
+    at = (
+        BEGIN
+        + timedelta(seconds=43 * number)
+        + (timedelta(days=7) if number > 12_000 else timedelta())
+    )
     return f"[{at.isoformat()[:19]}Z] {'ERROR' if number in ERRORS else 'INFO'} entry {number}"
 
 
@@ -94,7 +98,9 @@ def test_hovering_shows_a_time_and_the_wheel_zooms(page: Page) -> None:
     page.drag((x, y), (x, y))
     page.wait(f"{SHOWS} === 'held'")
 
-    page.js("document.querySelector('#timeline').dispatchEvent(new PointerEvent('pointermove', { clientX: 300 })) || 1")
+    page.js(
+        "document.querySelector('#timeline').dispatchEvent(new PointerEvent('pointermove', { clientX: 300 })) || 1"
+    )
     page.wait(f"/^2025-12-\\d\\d \\d\\d:\\d\\d:\\d\\d UTC/.test({READOUT})")
 
 
@@ -119,7 +125,9 @@ def test_what_is_typed_as_a_time_may_be_a_range(page: Page) -> None:
     assert page.js(FIRST)
 
 
-def test_a_log_without_times_says_so_and_claims_nothing(serve: Serve, log: Path, watch: Watch) -> None:
+def test_a_log_without_times_says_so_and_claims_nothing(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
     write(log, [f"no time here, line {number}" for number in range(300)])
     page = watch(serve(log).url, trouble=True)
 

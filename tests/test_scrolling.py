@@ -9,7 +9,7 @@ from typing import Any
 import page_actions
 import pytest
 from browsers import Page
-from conftest import Server, append
+from harness import Server, append
 from page_actions import (
     AT_REST,
     CENTRE,
@@ -40,7 +40,9 @@ AT = "Number(({}).split(' ').pop())".format(f"{FIRST}[0]")
 
 def entry(number: int) -> str:
     text = "Found a needle" if number in NEEDLES else "Created PostgreSQL database"
-    text = {40_000: "ERROR: it says 7", 40_010: "DISCONNECTED terror", 40_020: "WARNING: low"}.get(number, text)
+    text = {40_000: "ERROR: it says 7", 40_010: "DISCONNECTED terror", 40_020: "WARNING: low"}.get(
+        number, text
+    )
     return f"[{(BEGIN + timedelta(seconds=10 * number)).isoformat()[:19]}Z] {text} {number}"
 
 
@@ -125,7 +127,9 @@ def test_the_end_of_the_log_is_joined_again_by_scrolling(page: Page) -> None:
     page.wait(f"{AT} < {COUNT - 1000}")
     stretch(page)
 
-    while page.js(f"({SCROLLER}).scrollTop < ({SCROLLER}).scrollHeight - ({SCROLLER}).clientHeight - 4"):
+    while page.js(
+        f"({SCROLLER}).scrollTop < ({SCROLLER}).scrollHeight - ({SCROLLER}).clientHeight - 4"
+    ):
         page.js(f"({SCROLLER}).scrollBy(0, 3900)")
         frames(page, 2)
 
@@ -151,7 +155,9 @@ def test_a_click_on_the_timeline_and_its_keys_go_there(page: Page) -> None:
     assert bars["width"] > 900 and bars["height"] > 20
 
 
-@pytest.mark.parametrize("typed", ["2025-12-04 12:00", "2025-12-04T14:00:00+02:00", "Dec 4 2025 12:00"])
+@pytest.mark.parametrize(
+    "typed", ["2025-12-04 12:00", "2025-12-04T14:00:00+02:00", "Dec 4 2025 12:00"]
+)
 def test_a_date_and_time_is_found(page: Page, typed: str) -> None:
     page.press("g")
     page.type(typed)
@@ -197,7 +203,9 @@ def test_of_very_many_matches_enough_are_fetched_and_more_when_one_scrolls_up(pa
         page.wait(AT_REST)
 
     shown, start = page.js(NUMBERS), int(page.js(NUMBERS)[0])
-    assert shown == [number for number in range(start, shown[-1] + 1) if "PostgreSQL" in entry(number)]
+    assert shown == [
+        number for number in range(start, shown[-1] + 1) if "PostgreSQL" in entry(number)
+    ]
     assert start < COUNT - 3000 and page.js(COVER) != before
 
 
@@ -323,7 +331,7 @@ def test_a_search_can_be_stopped_and_a_refusal_is_told(
     page.js("(window.fetch = fetchFirst) && 1")
     click(page, "Continue")
     page.wait(f"{COVER}.includes('whole log searched')")
-    refuse = "new Response('{\"error\": \"too expensive\"}', { status: 422 })"
+    refuse = 'new Response(\'{"error": "too expensive"}\', { status: 422 })'
     answer = f"/search/.test(path) ? Promise.resolve({refuse}) : fetchFirst(path, more)"
     page.js(f"(window.fetch = (path, more) => {answer}) && 1")
     search(page, "another")

@@ -14,7 +14,7 @@ import time
 
 import pytest
 from browsers import unavailable
-from conftest import ROOT, add, append, lines
+from harness import ROOT, add, append, lines
 
 UNIT = ROOT / "audit-stream.service"
 PYTHON = "/opt/audit-stream/venv/bin/python"
@@ -62,7 +62,7 @@ def test_the_command_of_the_unit_starts_a_locked_server(serve, log, tmp_path):
     assert server.get("/", Authorization="Bearer of-the-credential-store")[0] == 200
 
 
-# -- sd_notify(3) ------------------------------------------------------------------------------------
+# -- sd_notify(3) ----------------------------------------------------------------------------------
 
 
 class Manager:
@@ -89,7 +89,11 @@ class Manager:
 @pytest.fixture(params=["path", "abstract"])
 def manager(request, tmp_path_factory):
     """A manager, and how it is called in NOTIFY_SOCKET."""
-    name = str(tmp_path_factory.mktemp("notify") / "socket") if request.param == "path" else f"@audit-{os.getpid()}"
+    name = (
+        str(tmp_path_factory.mktemp("notify") / "socket")
+        if request.param == "path"
+        else f"@audit-{os.getpid()}"
+    )
     listening = Manager(name.replace("@", "\0"))
     listening.socket.settimeout(10)
     yield listening, name
@@ -143,7 +147,9 @@ def test_the_watchdog_is_fed_while_there_is_no_log_to_read(put, serve, log, tmp_
             systemd.hear("WATCHDOG=1", seconds=2)
 
 
-@pytest.mark.parametrize("address", ["", "/nonexistent/socket", "@nobody-listens-here", "relative", "vsock:2:1"])
+@pytest.mark.parametrize(
+    "address", ["", "/nonexistent/socket", "@nobody-listens-here", "relative", "vsock:2:1"]
+)
 def test_a_systemd_that_is_not_there_does_no_harm(address, serve, log):
     append(log, lines(1))
 
