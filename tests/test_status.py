@@ -4,8 +4,7 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import page_actions
-from browsers import Page
+from browsers import Browser, Page
 from harness import append, eventually
 from page_actions import (
     LINES,
@@ -195,7 +194,7 @@ def test_the_header_never_moves(serve: Serve, log: Path, watch: Watch) -> None:
 
 
 def test_what_is_new_since_one_looked_away_is_in_the_title_and_below_a_divider(
-    serve: Serve, log: Path, watch: Watch, browser: page_actions.Browser
+    serve: Serve, log: Path, watch: Watch, browser: Browser
 ) -> None:
     written = write(log, numbered(0, 10))
     page = watch(serve(log).url)
