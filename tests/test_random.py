@@ -45,6 +45,7 @@ class Life:
         self.cut_off = False  # it ended where it was cut or rewritten in its place
         self.hidden = False  # its file has a name that counts only with file events
         self.unseen = False  # some of it went while no server ran: nobody can know
+        self.removed = False  # somebody deleted its numbered file: the number is missing
 
     def __repr__(self):
         return f"life {self.number} of {len(self.data)} bytes"
@@ -72,6 +73,7 @@ class Reading:
         self.reasons, self.told = set(), False  # since the last bytes of the current life
         self.parts = {life: [(start, start, "")]}
         self.gaps = []  # (life, next life) between which it was told that lines may be missing
+        self.unknown = 0  # up to this life the server may not know what lay between
 
     def position(self, life):
         return self.parts[life][-1][1] if life in self.parts else None
@@ -117,7 +119,10 @@ class Reading:
             self.gaps.append((self.current.number, life.number))
         for passed in self.lives[self.current.number + 1 : life.number]:
             cut = passed.cut_off and not (passed.sent and self.reasons <= {"rotated"})
-            excused = self.told or cut or passed.unseen or passed.hidden
+            known = passed.number > self.unknown or passed.removed
+            if not known:
+                self.gaps.append((passed.number, passed.number))
+            excused = self.told or cut or passed.unseen or not known
             silent = f"{passed} is passed over without a word before {life}, in {self}"
             assert excused or not list(self.missing(passed, life)), silent
         self.current, self.entered, self.reasons, self.told = life, None, set(), False
@@ -234,7 +239,7 @@ class Eye:
 
     def open(self):
         viewer = Viewer(self.scene.server, json=True, since=self.cursor, **self.options)
-        self.sessions.append((viewer, self.scene.life))
+        self.sessions.append((viewer, self.scene.life, self.scene.server))
         self.seen = 0
 
     def close(self):
@@ -250,8 +255,11 @@ class Eye:
         return found
 
     def check(self):
-        reading = None
-        for viewer, life in self.sessions:
+        reading = before = None
+        for viewer, life, server in self.sessions:
+            if reading and server is not before:
+                reading.unknown = life.number
+            before = server
             frames = [frame for frame in viewer.frames if "cursor" in frame]
             if frames and not frames[0]["resumed"]:
                 reading = self.begin(reading, frames[0], life)
@@ -426,7 +434,7 @@ class Scene:
         path.unlink()
         for life in self.lives:
             if content.startswith(bytes(life.data)):
-                life.gone = 0
+                life.gone, life.removed = 0, True
 
     def set_clock_back(self):
         """Or forward: the times of change no longer say what the names say."""
