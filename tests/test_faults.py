@@ -146,6 +146,22 @@ def test_a_viewer_that_catches_up_while_reads_fail_is_told_and_gets_the_rest(fau
     assert slow.joined() == FIRST + written
 
 
+def test_a_lack_of_descriptors_lets_no_file_go_that_is_still_read(faults, view, log):
+    viewer = start(faults, view, log)
+    log.unlink()
+    written = add(log, "a")
+    viewer.wait(written)
+
+    faults.happen(opens=1000, because=errno.ENFILE)
+    log.rename(f"{log}.1")
+    written += add(log, "b")
+    viewer.wait(lambda it: it.states() == ["unreadable"])
+    faults.nothing()
+    viewer.wait(written)
+
+    assert viewer.joined() == FIRST + written and viewer.states() == ["unreadable", "ok"]
+
+
 def test_an_unreadable_log_with_viewers_leaves_the_other_answers_alive(faults, view, log):
     viewer = start(faults, view, log)
 

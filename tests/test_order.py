@@ -186,6 +186,42 @@ def test_a_log_moved_away_and_back_then_copied_and_cut_is_sent_once(how, serve, 
     assert gaps(viewer) == []
 
 
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("name", ["log.1", "aside"])
+def test_a_log_copied_and_cut_and_then_renamed_is_sent_whole(name, how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+
+    with server.looking_away():
+        written = add(log, "a")
+        shutil.copy(log, log.with_name("log.1"))
+        os.truncate(log, 0)
+        written += add(log, "b")
+        if name == "log.1":
+            log.with_name("log.1").rename(log.with_name("log.2"))
+        log.rename(log.with_name(name))
+        last = add(log, "c")
+    viewer.wait(last)
+
+    assert viewer.text == FIRST + written + last or (how == "polling" and told(viewer))
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("first", ["log.2", "aside", "deleted"])
+def test_a_new_log_copied_and_cut_before_a_look_is_read_from_its_copy(first, how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+
+    with server.looking_away():
+        written = add(log, "a")
+        log.unlink() if first == "deleted" else log.rename(log.with_name(first))
+        written += add(log, "b")
+        shutil.copy(log, log.with_name("log.1"))
+        os.truncate(log, 0)
+        last = add(log, "c")
+    viewer.wait(last)
+
+    assert viewer.text == FIRST + written + last or told(viewer)
+
+
 # listed names, over a restart and without file events
 
 
