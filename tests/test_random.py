@@ -127,8 +127,14 @@ class Reading:
             assert excused or not list(self.missing(passed, life)), silent
         self.current, self.entered, self.reasons, self.told = life, None, set(), False
 
-    def is_told(self, life):
-        return any(first <= life.number <= last for first, last in self.gaps)
+    def may_miss(self, life, doubt):
+        """Was it told that lines may be missing there, and is there a reason for it?"""
+        for first, last in self.gaps:
+            between = self.lives[first : last + 1]
+            reason = doubt or any(each.hidden or each.gone < math.inf for each in between)
+            if first <= life.number <= last and reason:
+                return True
+        return False
 
     def says(self, frame):
         return [
@@ -188,7 +194,7 @@ class Reading:
         """
         for life in self.lives[self.first.number : last.number + 1]:
             told = self.position(life) if refused and life in self.parts else math.inf
-            if self.is_told(life) and (doubt or life.hidden):
+            if self.may_miss(life, doubt):
                 told = 0
             for start, end in self.missing(life):
                 message = f"{start} to {end} of {life} never came, in {self}"
@@ -205,7 +211,7 @@ class Reading:
             return
         if life.trimmed:
             again = f"{life} begins at {spans[0][0]}, {life.trimmed} bytes of it were sent before"
-            assert spans[0][0] >= life.trimmed or self.is_told(life), again
+            assert spans[0][0] >= life.trimmed or self.may_miss(life, True), again
         if life.kept > PROVED:  # else the first 4 KiB are no longer what was sent
             kept = life.line_start(min(life.kept, self.position(life.parent)))
             assert spans[0][0] >= kept, f"{life} again from {spans[0][0]}, {life.kept} was kept"
@@ -517,14 +523,15 @@ class Scene:
         self.lose(place)
         self.begin_life(place, self.life)
         self.life.data += b"#" + self.life.parent.data[place + 1 :]
+        self.unnoticed = True
 
     # looking on
 
     def settle(self):
         """Everybody who reads has everything."""
-        # what was cut far away: anything written before the server looked would be taken for old
+        # what changed far away: anything written before the server looked would be taken for old
         if self.unnoticed:
-            eventually(lambda: "truncated" in self.witness.viewer.reasons()[self.reasons :])
+            eventually(lambda: {*self.witness.viewer.reasons()[self.reasons :]} - {"rotated"})
         self.unnoticed = False
         self.finish_line()
         marker = f"settled {next(self.count)}\n"
