@@ -329,6 +329,30 @@ def test_names_against_times_after_a_restart_are_a_told_gap(serve, view, log):
     assert resumed.text == written or told(resumed)
 
 
+@pytest.mark.parametrize("how", ["live", "polling"])
+@pytest.mark.parametrize("packed", [".gz", ".xz"])
+def test_files_that_are_packed_while_the_log_is_empty_do_not_come_again(
+    packed, how, serve, view, log
+):
+    server, viewer = start(serve, view, log, how)
+    written = FIRST
+
+    for number in range(5):
+        shift(log)
+        log.touch()
+        viewer.wait(lambda it, number=number: len(it.reasons()) == number + 1)
+        if number:
+            path = Path(f"{log}.2")
+            Path(f"{path}{packed}").write_bytes(PACKERS[packed](path.read_bytes()))
+            path.unlink()
+        time.sleep(0.7)  # at least one look at the empty log
+        written += add(log, f"round {number}")
+        viewer.wait(f"round {number}: entry 9 ")
+
+    assert viewer.joined() == written
+    assert (viewer.reasons(), gaps(viewer)) == (["rotated"] * 5, [])
+
+
 # a piece of the chain is missing
 
 
