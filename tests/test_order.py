@@ -222,6 +222,79 @@ def test_a_new_log_copied_and_cut_before_a_look_is_read_from_its_copy(first, how
     assert viewer.text == FIRST + written + last or told(viewer)
 
 
+def make_room(log):
+    """log.1 becomes log.2 and so on; the log stays."""
+    for number, packed in itertools.product(range(9, 0, -1), ("", ".gz")):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{log}.{number}{packed}", f"{log}.{number + 1}{packed}")
+
+
+def renamed(log):
+    make_room(log)
+    log.rename(f"{log}.1")
+
+
+def renamed_and_packed(log):
+    renamed(log)
+    pack(Path(f"{log}.1"))
+
+
+def renamed_twice(log):
+    """With an empty file in between."""
+    renamed(log)
+    log.touch()
+    renamed(log)
+
+
+def renamed_to_what_nobody_knows(log):
+    log.rename(log.with_name(f"aside {time.monotonic()}"))
+
+
+def linked_and_removed(log):
+    make_room(log)
+    os.link(log, f"{log}.1")
+    log.unlink()
+
+
+def copied_and_cut(log):
+    make_room(log)
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+
+
+EVENTS = [
+    *(renamed, renamed_and_packed, renamed_twice, linked_and_removed, copied_and_cut),
+    renamed_to_what_nobody_knows,
+]
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+def test_any_two_things_in_one_look_lose_and_repeat_nothing(how, serve, view, tmp_path):
+    log = tmp_path / "logs" / "log"
+    log.parent.mkdir()
+    prefix = NO_INOTIFY if how == "polling" else ()
+    server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
+    wrong = {}
+
+    for number, (one, two) in enumerate(itertools.product(EVENTS, EVENTS)):
+        for path in log.parent.iterdir():
+            path.unlink()
+        first = append(log, lines(20, 1000 * number)).decode()
+        viewer = view(server, json=True).wait(first)
+        with server.looking_away():
+            written = add(log, f"{number} a")
+            one(log)
+            written += add(log, f"{number} b")
+            two(log)
+            written += add(log, f"{number} c")
+        came = finished(viewer, log)
+        if came != first + written and not (how == "polling" and gaps(viewer)):
+            wrong[one.__name__, two.__name__] = viewer.reasons()
+        viewer.close()
+
+    assert not wrong
+
+
 # listed names, over a restart and without file events
 
 
