@@ -274,12 +274,13 @@ def test_any_two_things_in_one_look_lose_and_repeat_nothing(how, serve, view, tm
     log.parent.mkdir()
     prefix = NO_INOTIFY if how == "polling" else ()
     server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
-    wrong = {}
+    witness, wrong = view(server, json=True), {}
 
     for number, (one, two) in enumerate(itertools.product(EVENTS, EVENTS)):
         for path in log.parent.iterdir():
             path.unlink()
         first = append(log, lines(20, 1000 * number)).decode()
+        witness.wait(first)
         viewer = view(server, json=True).wait(first)
         with server.looking_away():
             written = add(log, f"{number} a")
