@@ -393,7 +393,7 @@ def described(setup: SetUp, way: str, got: Came, count: int, disk: set[int]) -> 
     words = verdict(setup, way, judge(setup, got, count, disk))
     missing = runs([number for number in range(count) if number not in got.places])
     spans = [f"{first}-{last}" for first, last in missing]
-    words += "".join(f" [{told}]" for told in sorted(set(false_gaps(got, count))))
+    words += "".join(f" [{told}]" for told in sorted(set(got.told.values())))
     some = " ".join(spans[:4]) + (" …" if len(spans) > 4 else "")
     return words + (f" ({some} of {count})" if spans else "")
 
