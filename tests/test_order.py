@@ -222,6 +222,72 @@ def test_a_new_log_copied_and_cut_before_a_look_is_read_from_its_copy(first, how
     assert viewer.text == FIRST + written + last or told(viewer)
 
 
+@pytest.mark.parametrize("how", ["live", "away", "polling"])
+def test_files_that_are_packed_to_another_name_come_once(how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+    written = FIRST
+
+    for turn in range(4):  # logback: renamed to a temporary name, packed, removed
+        with server.looking_away() if how != "live" and turn % 2 else contextlib.nullcontext():
+            for number in (3 * turn, 3 * turn + 1, 3 * turn + 2):
+                written += add(log, f"round {number}", 100)
+                aside = log.rename(log.with_name(f"log{number}991.tmp"))
+                log.with_name(f"log.2026-11-27.{number}.gz").write_bytes(
+                    gzip.compress(aside.read_bytes())
+                )
+                aside.unlink()
+            written += add(log, f"turn {turn}")
+        viewer.wait(f"turn {turn}: entry 9 ")
+
+    assert finished(viewer, log) == written
+    assert gaps(viewer) == []
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("names", ["log.2026-11-27.{}", "log-{:02}-aside"])
+def test_a_hard_link_that_leads_to_one_file_after_another_is_a_rotation(
+    names, how, serve, view, log
+):
+    append(log.with_name(names.format(10)), FIRST)
+    os.link(log.with_name(names.format(10)), log)
+    prefix = NO_INOTIFY if how == "polling" else ()
+    server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
+    viewer, written = view(server, json=True).wait(FIRST), FIRST
+
+    with server.looking_away():
+        for number in (11, 12, 13):  # rotatelogs -L
+            written += add(log, f"before {number}")
+            append(log.with_name(names.format(number)), "")
+            log.unlink()
+            os.link(log.with_name(names.format(number)), log)
+            written += add(log, f"after {number}")
+    viewer.wait("after 13: entry 9 ")
+
+    whole = finished(viewer, log) == written and gaps(viewer) == []
+    assert whole or ("aside" in names and gaps(viewer))
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("names", ["log.{}.txt", "other-{}"])
+def test_a_link_that_leads_to_one_file_after_another_is_a_rotation(names, how, serve, view, log):
+    append(log.with_name(names.format(10)), FIRST)
+    log.symlink_to(log.with_name(names.format(10)))
+    prefix = NO_INOTIFY if how == "polling" else ()
+    server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
+    viewer, written = view(server, json=True).wait(FIRST), FIRST
+
+    with server.looking_away():
+        for number in (11, 12, 13):  # pino-roll, cronolog
+            written += add(log, f"before {number}")
+            log.unlink()
+            log.symlink_to(log.with_name(names.format(number)))
+            written += add(log, f"after {number}")
+    viewer.wait("after 13: entry 9 ")
+
+    came = finished(viewer, log)
+    assert came == written or (once(came, written) and gaps(viewer))
+
+
 def make_room(log):
     """log.1 becomes log.2 and so on; the log stays."""
     for number, packed in itertools.product(range(9, 0, -1), ("", ".gz")):
