@@ -5737,10 +5737,10 @@ class Candidate(NamedTuple):
             return decompressed_pieces(self.file, self.compressed, cancelled)
         return read_pieces(self.file, 0, self.file.size, cancelled)
 
-    def may_hold(self, receipt: Receipt) -> bool:
-        """Return True if the file begins like that of the receipt."""
-        begin = self.begin[: head_end(receipt.end)]
-        return receipt.head in ("", hashlib.sha256(begin).hexdigest())
+    def heads(self, receipts: Iterable[Receipt]) -> dict[int, str]:
+        """Return the digests of as many first bytes as receipts name, by their number."""
+        sizes = {head_end(receipt.end) for receipt in receipts}
+        return {size: hashlib.sha256(self.begin[:size]).hexdigest() for size in sizes}
 
     def is_older_than(self, moment_s: float, times: TimeFormat | None) -> bool:
         """Return True if the file was finished, or has entries from, before a moment."""
@@ -5802,13 +5802,20 @@ def receipts_in(line: bytes) -> list[Receipt]:
     found = list(RECEIPT.finditer(text))
     if not found and "\\" in text:  # inside of a JSON text
         found = list(RECEIPT.finditer(re.sub(r"\\(.)", r"\1", text)))
-    return [receipt_of(match.groupdict()) for match in found]
+
+    receipts = []
+    for match in found:
+        with contextlib.suppress(ValueError):
+            receipts.append(receipt_of(match.groupdict()))
+    return receipts
 
 
 def receipt_of(fields: dict[str, str]) -> Receipt:
+    """Return the receipt of a match. Raises ValueError if it is damaged."""
+    datetime.datetime.fromisoformat(fields["time"])
     name = fields["log"]
-    with contextlib.suppress(ValueError):
-        name = json.loads(name) if name.startswith('"') else name
+    if name.startswith('"'):
+        name = json.loads(name)
     end, sha256 = int(fields["end"]), fields["sha256"]
     return Receipt(name, fields["generation"], fields["head"], end, sha256, fields["time"])
 
@@ -5860,7 +5867,7 @@ class ReceiptCheck:
         ]
 
     def open(self, path: str, compressed: str) -> None:
-        label = os.path.basename(path)
+        label = quoted_value(os.path.basename(path))
         try:
             file = open_log_file(path)
             begin = file.read_bytes(0, FINGERPRINT_BYTES)
@@ -5878,10 +5885,12 @@ class ReceiptCheck:
     def compare(self, place: int) -> None:
         """Compare the digests of one file with what is said of it."""
         candidate = self.candidates[place]
+        heads = candidate.heads(self.receipts)
         mine = {
             index: receipt
             for index, receipt in enumerate(self.receipts)
-            if receipt.end and candidate.may_hold(receipt) and not self.holds(index)
+            if receipt.head in ("", heads[head_end(receipt.end)])
+            if receipt.end and not self.holds(index)
         }
         if not mine:
             return
@@ -6213,6 +6222,13 @@ METRICS = {
     "behind_bytes": "Bytes in the log that were not published yet.",
     "build_info": "Versions, as labels.",
     "generations_total": "Lives of the log that began, by reason.",
+    "proof_alarms_total": "Alarms about bytes that changed after they were published.",
+    "proof_altered": "1 while such bytes are there and nobody has accepted them.",
+    "proof_false_suspicions_total": "Suspicions that a second read cleared.",
+    "proof_known_bytes": "Bytes of the log whose digest is known.",
+    "proof_passes_total": "Passes over a file for those who asked for a receipt.",
+    "proof_read_bytes_total": "Bytes that were read to compare the log with what it was.",
+    "proof_verified_time_seconds": "When the last pass over the log ended, in seconds since 1970.",
     "read_bytes_total": "Bytes of the log that were read and published.",
     "read_lines_total": "Lines of the log that were read and published.",
     "refused_requests_total": "Requests that were refused, by status.",

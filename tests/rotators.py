@@ -43,7 +43,7 @@ WAYS = ("kill", "stop", "blind")
 LASTS = {"kill": 10.0, "stop": 8.0, "blind": 11.0}  # seconds of writing
 PACE = 200  # times a second, 2 lines each
 NEAR = 60  # lines: between which neighbours a gap has to be told
-AT_THE_CUT = 40  # lines that copytruncate may lose at a time
+AT_THE_CUT = 150  # lines that copytruncate may lose at a time
 UNREACHABLE = (OSError, EOFError, WebSocketException)
 LINE = re.compile(r"^line (\d{7}) .*END\r?$", re.MULTILINE)
 
@@ -233,18 +233,18 @@ class Came(NamedTuple):
 
     places: dict[int, int]  # of each line, when it came first
     repeated: int
-    told: list[int]  # when it was told that something is missing
+    told: dict[int, str]  # when it was told that something is missing, and how
     seams: list[int]  # a cut or a rewrite was told, or a hole
 
 
 def came(frames: list[dict[str, Any]]) -> Came:
     places: dict[int, int] = {}
-    repeated, told, seams = 0, [], []
+    repeated, told, seams = 0, dict[int, str](), []
     rest: dict[str, str] = {}
     for at, frame in enumerate(frames):
         refused = frame["type"] == "snapshot" and not frame["resumed"]
         if (refused and frame["reason"]) or frame.get("gap"):
-            told.append(at)
+            told[at] = str(frame.get("gap") or f"refused: {frame['reason']}")
         if frame["type"] == "skip" or frame.get("reason") in ("truncated", "rewritten"):
             seams.append(at)
         if "text" in frame:
@@ -295,8 +295,16 @@ def judge(setup: SetUp, got: Came, count: int, disk: set[int]) -> dict[str, int]
             continue
         found["told" if told else "lost"] += gone
         found["told on disk" if told else "lost on disk"] += there
-    found["false"] = sum(not any(low <= at <= high for low, high in gaps) for at in got.told)
+    found["false"] = len(false_gaps(got, count))
     return found
+
+
+def false_gaps(got: Came, count: int) -> list[str]:
+    """What was told where no line is missing."""
+    missing = runs([number for number in range(count) if number not in got.places])
+    gaps = [around(got.places, *run) for run in missing]
+    told = got.told.items()
+    return [words for at, words in told if not any(low <= at <= high for low, high in gaps)]
 
 
 def verdict(setup: SetUp, way: str, found: dict[str, int]) -> str:
@@ -385,9 +393,9 @@ def described(setup: SetUp, way: str, got: Came, count: int, disk: set[int]) -> 
     words = verdict(setup, way, judge(setup, got, count, disk))
     missing = runs([number for number in range(count) if number not in got.places])
     spans = [f"{first}-{last}" for first, last in missing]
-    return words + (
-        f" ({' '.join(spans[:4])}{' …' if len(spans) > 4 else ''} of {count})" if spans else ""
-    )
+    words += "".join(f" [{told}]" for told in sorted(set(got.told.values())))
+    some = " ".join(spans[:4]) + (" …" if len(spans) > 4 else "")
+    return words + (f" ({some} of {count})" if spans else "")
 
 
 def results_of(

@@ -31,7 +31,8 @@ def log(tmp_path):
 
 @pytest.fixture
 def faults(serve, log, shim, tmp_path_factory):
-    """Faults, and a server that has them."""
+    """Faults, and a server that has them, of a log with its first lines."""
+    append(log, FIRST)
     faults = Faults(shim, log.parent, tmp_path_factory.mktemp("faults") / "control")
     options = ("--initial", 131072, "--interval", 0.3)
     faults.server = serve(log, *options, env=faults.variables, dev=False)
@@ -39,7 +40,6 @@ def faults(serve, log, shim, tmp_path_factory):
 
 
 def start(faults, view, log):
-    append(log, FIRST)
     return view(faults.server, json=True).wait(FIRST)
 
 
@@ -76,9 +76,10 @@ def test_calls_that_fail_now_and_then_lose_nothing(what, faults, view, log):
     written += append(log, "marker\n").decode()
     viewer.wait("marker\n", 15)
 
-    assert viewer.joined() == FIRST + written
-    assert set(viewer.reasons()) == {"rotated"}
-    assert [frame for frame in viewer.of("generation") if frame["gap"]] == []
+    came, wanted = viewer.joined().splitlines(), (FIRST + written).splitlines()
+    unread = {frame["gap"] for frame in viewer.of("generation")} - {None}
+    assert len(came) == len(set(came)) and set(viewer.reasons()) == {"rotated"}
+    assert came == wanted or (unread and set(came) <= set(wanted))
 
 
 def test_short_reads_are_neither_the_end_of_the_file_nor_a_rewrite(faults, view, log):
@@ -129,7 +130,6 @@ def test_a_viewer_that_comes_while_reads_fail_is_told_and_gets_its_bytes(faults,
 
 
 def test_a_viewer_that_catches_up_while_reads_fail_is_told_and_gets_the_rest(faults, view, log):
-    append(log, FIRST)
     server = faults.server
     slow = view(server, json=True, receive_buffer=4096).wait(FIRST)
     quick = view(server, json=True).wait(FIRST)
@@ -144,6 +144,22 @@ def test_a_viewer_that_catches_up_while_reads_fail_is_told_and_gets_the_rest(fau
     slow.wait(lambda it: it.text.endswith(written[-200:]), 20)
 
     assert slow.joined() == FIRST + written
+
+
+def test_a_lack_of_descriptors_lets_no_file_go_that_is_still_read(faults, view, log):
+    viewer = start(faults, view, log)
+    log.unlink()
+    written = add(log, "a")
+    viewer.wait(written)
+
+    faults.happen(opens=1000, because=errno.ENFILE)
+    log.rename(f"{log}.1")
+    written += add(log, "b")
+    viewer.wait(lambda it: it.states() == ["unreadable"])
+    faults.nothing()
+    viewer.wait(written)
+
+    assert viewer.joined() == FIRST + written and viewer.states() == ["unreadable", "ok"]
 
 
 def test_an_unreadable_log_with_viewers_leaves_the_other_answers_alive(faults, view, log):
@@ -300,7 +316,7 @@ def later(tmp_path_factory):
 
 
 def test_a_lagging_viewer_that_left_keeps_no_file_open(later):
-    eventually(lambda: not deleted_files(later.server), 5, "deleted files are still open")
+    eventually(lambda: not deleted_files(later.server), 60 - LAG, "deleted files are still open")
 
 
 def test_a_link_that_is_turned_back_much_later_sends_nothing_again(later):

@@ -186,6 +186,185 @@ def test_a_log_moved_away_and_back_then_copied_and_cut_is_sent_once(how, serve, 
     assert gaps(viewer) == []
 
 
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("name", ["log.1", "aside"])
+def test_a_log_copied_and_cut_and_then_renamed_is_sent_whole(name, how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+
+    with server.looking_away():
+        written = add(log, "a")
+        shutil.copy(log, log.with_name("log.1"))
+        os.truncate(log, 0)
+        written += add(log, "b")
+        if name == "log.1":
+            log.with_name("log.1").rename(log.with_name("log.2"))
+        log.rename(log.with_name(name))
+        last = add(log, "c")
+    viewer.wait(last)
+
+    assert viewer.text == FIRST + written + last or (how == "polling" and told(viewer))
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("first", ["log.2", "aside", "deleted"])
+def test_a_new_log_copied_and_cut_before_a_look_is_read_from_its_copy(first, how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+
+    with server.looking_away():
+        written = add(log, "a")
+        log.unlink() if first == "deleted" else log.rename(log.with_name(first))
+        written += add(log, "b")
+        shutil.copy(log, log.with_name("log.1"))
+        os.truncate(log, 0)
+        last = add(log, "c")
+    viewer.wait(last)
+
+    assert viewer.text == FIRST + written + last or told(viewer)
+
+
+@pytest.mark.parametrize("how", ["live", "away", "polling"])
+def test_files_that_are_packed_to_another_name_come_once(how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+    written = FIRST
+
+    for turn in range(4):  # logback: renamed to a temporary name, packed, removed
+        with server.looking_away() if how != "live" and turn % 2 else contextlib.nullcontext():
+            for number in (3 * turn, 3 * turn + 1, 3 * turn + 2):
+                written += add(log, f"round {number}", 100)
+                aside = log.rename(log.with_name(f"log{number}991.tmp"))
+                log.with_name(f"log.2026-11-27.{number}.gz").write_bytes(
+                    gzip.compress(aside.read_bytes())
+                )
+                aside.unlink()
+            written += add(log, f"turn {turn}")
+        viewer.wait(f"turn {turn}: entry 9 ")
+
+    assert finished(viewer, log) == written
+    assert gaps(viewer) == []
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("names", ["log.2026-11-27.{}", "log-{:02}-aside"])
+def test_a_hard_link_that_leads_to_one_file_after_another_is_a_rotation(
+    names, how, serve, view, log
+):
+    append(log.with_name(names.format(10)), FIRST)
+    os.link(log.with_name(names.format(10)), log)
+    prefix = NO_INOTIFY if how == "polling" else ()
+    server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
+    viewer, written = view(server, json=True).wait(FIRST), FIRST
+
+    with server.looking_away():
+        for number in (11, 12, 13):  # rotatelogs -L
+            written += add(log, f"before {number}")
+            append(log.with_name(names.format(number)), "")
+            log.unlink()
+            os.link(log.with_name(names.format(number)), log)
+            written += add(log, f"after {number}")
+    viewer.wait("after 13: entry 9 ")
+
+    whole = finished(viewer, log) == written and gaps(viewer) == []
+    assert whole or ("aside" in names and gaps(viewer))
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+@pytest.mark.parametrize("names", ["log.{}.txt", "other-{}"])
+def test_a_link_that_leads_to_one_file_after_another_is_a_rotation(names, how, serve, view, log):
+    append(log.with_name(names.format(10)), FIRST)
+    log.symlink_to(log.with_name(names.format(10)))
+    prefix = NO_INOTIFY if how == "polling" else ()
+    server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
+    viewer, written = view(server, json=True).wait(FIRST), FIRST
+
+    with server.looking_away():
+        for number in (11, 12, 13):  # pino-roll, cronolog
+            written += add(log, f"before {number}")
+            log.unlink()
+            log.symlink_to(log.with_name(names.format(number)))
+            written += add(log, f"after {number}")
+    viewer.wait("after 13: entry 9 ")
+
+    came = finished(viewer, log)
+    assert came == written or (once(came, written) and gaps(viewer))
+
+
+def make_room(log):
+    """log.1 becomes log.2 and so on; the log stays."""
+    for number, packed in itertools.product(range(9, 0, -1), ("", ".gz")):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{log}.{number}{packed}", f"{log}.{number + 1}{packed}")
+
+
+def renamed(log):
+    make_room(log)
+    log.rename(f"{log}.1")
+
+
+def renamed_and_packed(log):
+    renamed(log)
+    pack(Path(f"{log}.1"))
+
+
+def renamed_twice(log):
+    """With an empty file in between."""
+    renamed(log)
+    log.touch()
+    renamed(log)
+
+
+def renamed_to_what_nobody_knows(log):
+    log.rename(log.with_name(f"aside {time.monotonic()}"))
+
+
+def linked_and_removed(log):
+    make_room(log)
+    os.link(log, f"{log}.1")
+    log.unlink()
+
+
+def copied_and_cut(log):
+    make_room(log)
+    shutil.copy(log, f"{log}.1")
+    os.truncate(log, 0)
+
+
+EVENTS = [
+    *(renamed, renamed_and_packed, renamed_twice, linked_and_removed, copied_and_cut),
+    renamed_to_what_nobody_knows,
+]
+
+
+@pytest.mark.parametrize("how", ["away", "polling"])
+def test_any_two_things_in_one_look_lose_and_repeat_nothing(how, serve, view, tmp_path):
+    log = tmp_path / "logs" / "log"
+    log.parent.mkdir()
+    prefix = NO_INOTIFY if how == "polling" else ()
+    server = serve(log, "--initial", 131072, "--interval", 0.3, prefix=prefix)
+    witness, wrong = view(server, json=True), {}
+
+    pairs = list(itertools.product(EVENTS, EVENTS))
+    if how == "polling":  # nobody can know of a file that has no name that tells
+        pairs = [pair for pair in pairs if renamed_to_what_nobody_knows not in pair]
+    for number, (one, two) in enumerate(pairs):
+        for path in log.parent.iterdir():
+            path.unlink()
+        first = append(log, lines(20, 1000 * number)).decode()
+        witness.wait(first)
+        viewer = view(server, json=True).wait(first)
+        with server.looking_away():
+            written = add(log, f"{number} a")
+            one(log)
+            written += add(log, f"{number} b")
+            two(log)
+            written += add(log, f"{number} c")
+        came = finished(viewer, log)
+        if came != first + written or gaps(viewer):
+            wrong[one.__name__, two.__name__] = viewer.reasons()
+        viewer.close()
+
+    assert not wrong
+
+
 # listed names, over a restart and without file events
 
 
@@ -291,6 +470,48 @@ def test_names_against_times_after_a_restart_are_a_told_gap(serve, view, log):
 
     assert once(resumed.text, written)
     assert resumed.text == written or told(resumed)
+
+
+@pytest.mark.parametrize("how", ["live", "polling"])
+@pytest.mark.parametrize("packed", [".gz", ".xz"])
+def test_files_that_are_packed_while_the_log_is_empty_do_not_come_again(
+    packed, how, serve, view, log
+):
+    server, viewer = start(serve, view, log, how)
+    written = FIRST
+
+    for number in range(5):
+        shift(log)
+        log.touch()
+        viewer.wait(lambda it, number=number: len(it.reasons()) == number + 1)
+        if number:
+            path = Path(f"{log}.2")
+            Path(f"{path}{packed}").write_bytes(PACKERS[packed](path.read_bytes()))
+            path.unlink()
+        time.sleep(0.7)  # at least one look at the empty log
+        written += add(log, f"round {number}")
+        viewer.wait(f"round {number}: entry 9 ")
+
+    assert viewer.joined() == written
+    assert (viewer.reasons(), gaps(viewer)) == (["rotated"] * 5, [])
+
+
+def test_a_cursor_of_nothing_is_followed_by_all_that_was_sent_since(serve, view, log):
+    server = serve(log, "--interval", 0.3)
+    witness = view(server, json=True).wait(lambda it: it.frames)
+    early = view(server, json=True).wait(lambda it: it.frames)
+    early.close()
+
+    written = add(log, "a")
+    witness.wait(written)
+    for tag in "bc":
+        log.rename(log.with_name(f"aside {tag}"))
+        written += add(log, tag)
+        witness.wait(written)
+    resumed = view(server, json=True, since=early.cursor).wait("c: entry 9 ")
+
+    assert resumed.wait(lambda it: it.text.endswith("\n")).text == written
+    assert resumed.frames[0]["resumed"] and gaps(resumed) == []
 
 
 # a piece of the chain is missing

@@ -45,6 +45,7 @@ class Life:
         self.cut_off = False  # it ended where it was cut or rewritten in its place
         self.hidden = False  # its file has a name that counts only with file events
         self.unseen = False  # some of it went while no server ran: nobody can know
+        self.removed = False  # somebody deleted its numbered file: the number is missing
 
     def __repr__(self):
         return f"life {self.number} of {len(self.data)} bytes"
@@ -72,6 +73,7 @@ class Reading:
         self.reasons, self.told = set(), False  # since the last bytes of the current life
         self.parts = {life: [(start, start, "")]}
         self.gaps = []  # (life, next life) between which it was told that lines may be missing
+        self.unknown = 0  # up to this life the server may not know what lay between
 
     def position(self, life):
         return self.parts[life][-1][1] if life in self.parts else None
@@ -117,13 +119,22 @@ class Reading:
             self.gaps.append((self.current.number, life.number))
         for passed in self.lives[self.current.number + 1 : life.number]:
             cut = passed.cut_off and not (passed.sent and self.reasons <= {"rotated"})
-            excused = self.told or cut or passed.unseen or passed.hidden
+            known = passed.number > self.unknown or passed.removed
+            if not known:
+                self.gaps.append((passed.number, passed.number))
+            excused = self.told or cut or passed.unseen or not known
             silent = f"{passed} is passed over without a word before {life}, in {self}"
             assert excused or not list(self.missing(passed, life)), silent
         self.current, self.entered, self.reasons, self.told = life, None, set(), False
 
-    def is_told(self, life):
-        return any(first <= life.number <= last for first, last in self.gaps)
+    def may_miss(self, life, doubt):
+        """Was it told that lines may be missing there, and is there a reason for it?"""
+        for first, last in self.gaps:
+            between = self.lives[first : last + 1]
+            reason = doubt or any(each.hidden or each.gone < math.inf for each in between)
+            if first <= life.number <= last and reason:
+                return True
+        return False
 
     def says(self, frame):
         return [
@@ -183,7 +194,7 @@ class Reading:
         """
         for life in self.lives[self.first.number : last.number + 1]:
             told = self.position(life) if refused and life in self.parts else math.inf
-            if self.is_told(life) and (doubt or life.hidden):
+            if self.may_miss(life, doubt):
                 told = 0
             for start, end in self.missing(life):
                 message = f"{start} to {end} of {life} never came, in {self}"
@@ -200,7 +211,7 @@ class Reading:
             return
         if life.trimmed:
             again = f"{life} begins at {spans[0][0]}, {life.trimmed} bytes of it were sent before"
-            assert spans[0][0] >= life.trimmed or self.is_told(life), again
+            assert spans[0][0] >= life.trimmed or self.may_miss(life, True), again
         if life.kept > PROVED:  # else the first 4 KiB are no longer what was sent
             kept = life.line_start(min(life.kept, self.position(life.parent)))
             assert spans[0][0] >= kept, f"{life} again from {spans[0][0]}, {life.kept} was kept"
@@ -234,7 +245,7 @@ class Eye:
 
     def open(self):
         viewer = Viewer(self.scene.server, json=True, since=self.cursor, **self.options)
-        self.sessions.append((viewer, self.scene.life))
+        self.sessions.append((viewer, self.scene.life, self.scene.server))
         self.seen = 0
 
     def close(self):
@@ -250,8 +261,11 @@ class Eye:
         return found
 
     def check(self):
-        reading = None
-        for viewer, life in self.sessions:
+        reading = before = None
+        for viewer, life, server in self.sessions:
+            if reading and server is not before:
+                reading.unknown = life.number
+            before = server
             frames = [frame for frame in viewer.frames if "cursor" in frame]
             if frames and not frames[0]["resumed"]:
                 reading = self.begin(reading, frames[0], life)
@@ -426,7 +440,7 @@ class Scene:
         path.unlink()
         for life in self.lives:
             if content.startswith(bytes(life.data)):
-                life.gone = 0
+                life.gone, life.removed = 0, True
 
     def set_clock_back(self):
         """Or forward: the times of change no longer say what the names say."""
@@ -509,14 +523,15 @@ class Scene:
         self.lose(place)
         self.begin_life(place, self.life)
         self.life.data += b"#" + self.life.parent.data[place + 1 :]
+        self.unnoticed = True
 
     # looking on
 
     def settle(self):
         """Everybody who reads has everything."""
-        # what was cut far away: anything written before the server looked would be taken for old
+        # what changed far away: anything written before the server looked would be taken for old
         if self.unnoticed:
-            eventually(lambda: "truncated" in self.witness.viewer.reasons()[self.reasons :])
+            eventually(lambda: {*self.witness.viewer.reasons()[self.reasons :]} - {"rotated"})
         self.unnoticed = False
         self.finish_line()
         marker = f"settled {next(self.count)}\n"
