@@ -174,6 +174,7 @@ class LogFile:
         self.name = ""  # of the generation; empty until somebody is told
         self.sequence = 0  # of the generations that this process published; 0 for others
         self.began = ("rotated", "")  # why the generation before it ended; a gap before it
+        self.lost = ""  # why something that this file held cannot be read any more
         self.fingerprint = Fingerprint()
         self.last_growth_s = 0.0  # when something of it was published last
         self.unfinished = (0, 0.0)  # (first unsent byte of an unfinished line, when it was seen)
@@ -1080,6 +1081,7 @@ class LogFollower:
         self._listed: list[RotatedName] = []  # by whose names the last look decided
         self._watcher = DirectoryWatcher()
         self._arrivals = Arrivals(log_paths(path))
+        self._opened_s = time.time()  # since 1970, when the current file became the log
         self._anomaly_since_s = 0.0  # something else than our file is at the path; 0: nothing is
         self._next_open_s = 0.0  # when the path is opened afresh, whatever its inode says
         self._encoding = EncodingCheck()
@@ -1377,8 +1379,7 @@ class LogFollower:
     async def _files_between(self, new: LogFile) -> tuple[list[Successor], str]:
         """Return the files that were the log between the open one and `new`, and a last gap."""
         if self._arrivals.can_tell():
-            arrived = self._arrivals.visits() + self._arrivals.copies_of_last()
-            return await self._open_successors(arrived, "")
+            return await self._open_successors(self._arrivals.visits(), "")
 
         self._listed = rotated_files(self.path)
         rotated = [name for name in self._listed if name.identity != new.identity]
@@ -1442,6 +1443,7 @@ class LogFollower:
         rotated = self._listed = rotated_files(self.path)
         renamed = any(name.identity == self.current.identity for name in rotated)
         unseen = [name for name in rotated if name.size and self._is_unseen(name)]
+        unseen = [name for name in unseen if name.modified_s >= self._opened_s - PLAIN_SLACK_S]
         if renamed or not unseen:
             return False
 
@@ -1483,6 +1485,9 @@ class LogFollower:
         change, start = old.change()
         new = old.duplicate()
         new.sequence = old.sequence
+        new.lost = old.lost
+        if old.end > start:
+            new.lost = "the log was cut or rewritten meanwhile"
         new.record_published(start)
         if change in ("cut", "edited"):  # what is before it can still be read by those who lag
             for file in [*self.names.same_inode(old), old]:
@@ -1498,6 +1503,7 @@ class LogFollower:
     def _begin_generation(self, start: int, reason: str, gap: str) -> None:
         self._watcher.watch_file(self.current)
         self.current.began = reason, gap
+        self._opened_s = time.time()
         self.current.last_growth_s = time.monotonic()
         self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
         counters[f'generations_total{{reason="{reason}"}}'] += 1
@@ -1716,9 +1722,16 @@ class PublishedFiles:
     def includes(self, name: RotatedName) -> bool:
         """Return True if this rotated file was published, or there at the start."""
         if name.identity not in self._known:
-            return False
+            return bool(name.compressed) and self._knows_content(name.path)
         with contextlib.suppress(OSError):
             return not name.size or self.published_end(open_log_file(name.path)) > 0
+        return False
+
+    def _knows_content(self, path: str) -> bool:
+        """Return True if a compressed file begins like one that was published."""
+        with contextlib.suppress(OSError):
+            start = first_bytes(path, FINGERPRINT_BYTES)
+            return any(known.begins_like(start) for known, _ in self._known.values())
         return False
 
     def release_old(self, keep: Container[LogFile | None]) -> None:
@@ -1899,9 +1912,9 @@ class DirectoryWatcher:
 class TrackedName:
     """A file that appeared in the log's folder, by its present name; "" when it has none."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, during: TrackedName | None = None) -> None:
         self.path = path
-        self.created_before = 0  # how many other files had appeared when it became the log
+        self.during = during  # what was the log at that moment, if it became so since the switch
 
 
 class Arrivals:
@@ -1915,6 +1928,7 @@ class Arrivals:
         self.reliable = True  # no event since the last switch was lost
         self.created: list[TrackedName] = []  # other files: a copy of the log may be among them
         self._visitors: list[TrackedName] = []  # were at the log's path, one after the other
+        self._at_path: TrackedName | None = None  # which of them is there
         self._moving: dict[int, list[TrackedName]] = {}
 
     def forget_visits(self) -> None:
@@ -1935,10 +1949,13 @@ class Arrivals:
 
     def _leave(self, event: NameEvent) -> None:
         named = [name for name in self._visitors + self.created if name.path == event.path]
-        if event.mask & DELETE and named and named[-1] in self._visitors:
-            self._rename_to_copy(named[-1])
+        if self._at_path in named:
+            if event.mask & DELETE:
+                self._rename_to_copy(self._at_path)
+            self._at_path = None
         if event.mask & MOVED_FROM:
             self._moving[event.cookie] = named
+
         packed = [name for name in self.created if is_compressed_name(name.path, event.path)]
         for name in named:
             if name.path == event.path:
@@ -1946,13 +1963,17 @@ class Arrivals:
         if event.mask & DELETE and not named:  # an older file was compressed
             self.created = [name for name in self.created if name not in packed]
 
-    def _rename_to_copy(self, visitor: TrackedName) -> None:
+    def _rename_to_copy(self, visitor: TrackedName | None) -> None:
         """Follow a file that was linked or copied to a rotated name, and is removed now."""
-        log_name = os.path.basename(visitor.path)
-        for name in reversed(self.created[visitor.created_before :]):
-            if name.path and is_rotated_name(log_name, name.path):
-                visitor.path = name.path
-                return
+        if visitor and (copies := self._copies_of(visitor)):
+            visitor.path = copies[-1]
+
+    def _copies_of(self, visitor: TrackedName) -> list[str]:
+        """Return what appeared under rotated names while it was the log, the oldest first."""
+        log_name = os.path.basename(self._paths_of_log[0])
+        appeared = [name.path for name in self.created if name.during is visitor]
+        candidates = [path for path in self.candidates() if path in appeared]
+        return [path for path in candidates if is_rotated_name(log_name, path)]
 
     def _come(self, event: NameEvent) -> None:
         for name in self._visitors + self.created:
@@ -1963,9 +1984,9 @@ class Arrivals:
 
         for name in moved:
             name.path = event.path
-        arrived = moved[0] if moved else TrackedName(event.path)
+        arrived = moved[0] if moved else TrackedName(event.path, self._at_path)
         if event.path in self._paths_of_log:
-            arrived.created_before = len(self.created)
+            self._at_path = arrived
             self._visitors.append(arrived)
         elif not known:
             self.created.append(arrived)
@@ -1975,22 +1996,20 @@ class Arrivals:
         return self.reliable and bool(self._visitors)
 
     def visits(self) -> list[tuple[str, str]]:
-        """Return the present paths of the files before the last one, as (path, gap before it)."""
-        earlier = [name.path for name in self._visitors[:-1]]
-        paths = [path for path in earlier if not is_other_kind(path)]
-        target = real_path(self._paths_of_log[0])
-        if not all(paths) and target != self._paths_of_log[0]:
-            paths = self._links_led_to(target)
-        return [(path, "") for path in paths]
+        """Return what was the log before the last file, as (present path, gap before it).
 
-    def copies_of_last(self) -> list[tuple[str, str]]:
-        """Return copies of the file that is the log now, from before it was cut, likewise."""
-        last = self._visitors[-1]
-        log_name = os.path.basename(last.path)
-        later = [name.path for name in self.created[last.created_before :]]
-        candidates = [path for path in self.candidates() if path in later]
-        rotated = [path for path in candidates if is_rotated_name(log_name, path)]
-        return [(path, "") for path in rotated]
+        A file comes after copies of it from before it was cut.
+        """
+        earlier = [name.path for name in self._visitors[:-1]]
+        target = real_path(self._paths_of_log[0])
+        if not all(earlier) and target != self._paths_of_log[0]:
+            return [(path, "") for path in self._links_led_to(target)]
+
+        paths: list[str] = []
+        for visitor in self._visitors:
+            paths += [*self._copies_of(visitor), visitor.path]
+        del paths[-1:]
+        return [(path, "") for path in paths if not is_other_kind(path)]
 
     def _links_led_to(self, target: str) -> list[str]:
         """Return the files that a link led to in between, named like the one it leads to now."""
@@ -2247,7 +2266,10 @@ class Resumer:
         last.end_limit = last.end
         owned = follower.current in (newest, *chain.owners.values())
         start = follower.current.end if owned else 0
-        last.next = Link(follower.tail, start, event, chain.last_gap)
+        gap = chain.last_gap
+        if not owned:
+            gap = gap or follower.current.lost
+        last.next = Link(follower.tail, start, event, gap)
         if not follower.current.end and event:
             follower.tail.start_cursor = last.cursor(last.end)
         return Position(first, offset_of(parts[-1]) if parts else 0)
@@ -5715,10 +5737,10 @@ class Candidate(NamedTuple):
             return decompressed_pieces(self.file, self.compressed, cancelled)
         return read_pieces(self.file, 0, self.file.size, cancelled)
 
-    def may_hold(self, receipt: Receipt) -> bool:
-        """Return True if the file begins like that of the receipt."""
-        begin = self.begin[: head_end(receipt.end)]
-        return receipt.head in ("", hashlib.sha256(begin).hexdigest())
+    def heads(self, receipts: Iterable[Receipt]) -> dict[int, str]:
+        """Return the digests of as many first bytes as receipts name, by their number."""
+        sizes = {head_end(receipt.end) for receipt in receipts}
+        return {size: hashlib.sha256(self.begin[:size]).hexdigest() for size in sizes}
 
     def is_older_than(self, moment_s: float, times: TimeFormat | None) -> bool:
         """Return True if the file was finished, or has entries from, before a moment."""
@@ -5780,13 +5802,20 @@ def receipts_in(line: bytes) -> list[Receipt]:
     found = list(RECEIPT.finditer(text))
     if not found and "\\" in text:  # inside of a JSON text
         found = list(RECEIPT.finditer(re.sub(r"\\(.)", r"\1", text)))
-    return [receipt_of(match.groupdict()) for match in found]
+
+    receipts = []
+    for match in found:
+        with contextlib.suppress(ValueError):
+            receipts.append(receipt_of(match.groupdict()))
+    return receipts
 
 
 def receipt_of(fields: dict[str, str]) -> Receipt:
+    """Return the receipt of a match. Raises ValueError if it is damaged."""
+    datetime.datetime.fromisoformat(fields["time"])
     name = fields["log"]
-    with contextlib.suppress(ValueError):
-        name = json.loads(name) if name.startswith('"') else name
+    if name.startswith('"'):
+        name = json.loads(name)
     end, sha256 = int(fields["end"]), fields["sha256"]
     return Receipt(name, fields["generation"], fields["head"], end, sha256, fields["time"])
 
@@ -5838,7 +5867,7 @@ class ReceiptCheck:
         ]
 
     def open(self, path: str, compressed: str) -> None:
-        label = os.path.basename(path)
+        label = quoted_value(os.path.basename(path))
         try:
             file = open_log_file(path)
             begin = file.read_bytes(0, FINGERPRINT_BYTES)
@@ -5856,10 +5885,12 @@ class ReceiptCheck:
     def compare(self, place: int) -> None:
         """Compare the digests of one file with what is said of it."""
         candidate = self.candidates[place]
+        heads = candidate.heads(self.receipts)
         mine = {
             index: receipt
             for index, receipt in enumerate(self.receipts)
-            if receipt.end and candidate.may_hold(receipt) and not self.holds(index)
+            if receipt.head in ("", heads[head_end(receipt.end)])
+            if receipt.end and not self.holds(index)
         }
         if not mine:
             return
@@ -6191,6 +6222,13 @@ METRICS = {
     "behind_bytes": "Bytes in the log that were not published yet.",
     "build_info": "Versions, as labels.",
     "generations_total": "Lives of the log that began, by reason.",
+    "proof_alarms_total": "Alarms about bytes that changed after they were published.",
+    "proof_altered": "1 while such bytes are there and nobody has accepted them.",
+    "proof_false_suspicions_total": "Suspicions that a second read cleared.",
+    "proof_known_bytes": "Bytes of the log whose digest is known.",
+    "proof_passes_total": "Passes over a file for those who asked for a receipt.",
+    "proof_read_bytes_total": "Bytes that were read to compare the log with what it was.",
+    "proof_verified_time_seconds": "When the last pass over the log ended, in seconds since 1970.",
     "read_bytes_total": "Bytes of the log that were read and published.",
     "read_lines_total": "Lines of the log that were read and published.",
     "refused_requests_total": "Requests that were refused, by status.",
