@@ -1,15 +1,13 @@
-"""What the tests of the page share: its names in the DOM, what one does with it, and the browsers that it is opened in."""
+"""What the tests of the page share: its names in the DOM, what one does with it, and the browsers."""
 
 import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pytest
-from browsers import BROWSERS, Browser, Page
+from browsers import Browser, Page
 from harness import ROOT, append, eventually
 
 Serve = Callable[..., Any]
@@ -112,14 +110,6 @@ def numbered(start: int, stop: int) -> list[str]:
     return [f"[2025-12-17T17:40:37Z] entry {number}" for number in range(start, stop)]
 
 
-@pytest.fixture(scope="session", params=["chromium", "firefox"])
-def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
-    with ExitStack() as stack:
-        started = BROWSERS[request.param]()
-        stack.callback(started.quit)
-        yield started
-
-
 def watching(browser: Browser) -> Iterator[Watch]:
     """Opens windows that connect; at the end none may have had an error, unless the test expects trouble."""
     pages: list[tuple[Page, bool]] = []
@@ -143,11 +133,6 @@ def watching(browser: Browser) -> Iterator[Watch]:
         if entry[0] in ("error", "assert", "dialog")
     ] == []
     assert [error for page in calm for error in page.errors] == []
-
-
-@pytest.fixture
-def watch(browser: Browser) -> Iterator[Watch]:
-    yield from watching(browser)
 
 
 def number_in_view(page: Page) -> int:

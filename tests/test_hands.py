@@ -27,7 +27,6 @@ from page_actions import (
     write,
 )
 
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
 Feeding = Callable[[Path, int], None]
 
 UNTIL_HELD = f"{SHOWS} === 'held'"

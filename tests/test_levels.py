@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import page_actions
 import pytest
 from browsers import Page
 from page_actions import (
@@ -19,8 +18,6 @@ from page_actions import (
     shows,
     write,
 )
-
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
 
 # line -> the level that its writer means
 LEVELS = {

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import page_actions
 import pytest
 from browsers import BROWSERS, Browser, Page, unavailable
 from harness import append, eventually, free_port
@@ -45,9 +44,6 @@ from page_actions import (
     watching,
     write,
 )
-
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
-
 
 # -- the log as it grows ---------------------------------------------------------------------------
 

@@ -91,7 +91,9 @@ def test_no_conditional_expression_stands_in_another() -> None:
 
 def sections() -> Iterator[tuple[str, list[str], str]]:
     """(name, what it owns, code)."""
-    name, owned, lines = "", [], []
+    name = ""
+    owned: list[str] = []
+    lines: list[str] = []
     for line in script():
         if not line.startswith("// ---- "):
             lines.append(line)

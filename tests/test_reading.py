@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import page_actions
+from browsers import Page
 from page_actions import (
     AT_REST,
     BOX,
@@ -23,12 +23,10 @@ from page_actions import (
     write,
 )
 
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
-
 DETAILS = "((document.querySelector('#auditBox .details') || 0).innerText || '')"
 
 
-def open_details(page: page_actions.Page, text: str) -> None:
+def open_details(page: Page, text: str) -> None:
     line = f"{LINES}.find(line => line.textContent === {text!r})"
     area = page.js(f"{line}.getBoundingClientRect()")
     page.mouse(area["x"] + 8, area["y"] + 8)

@@ -29,8 +29,6 @@ from page_actions import (
     shows,
 )
 
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
-
 COUNT_WORDS = page_actions.COUNT
 EMPTY = "document.querySelector('#empty').textContent"
 COUNT = 100_000
@@ -158,8 +156,7 @@ def test_a_click_on_the_timeline_and_its_keys_go_there(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    "typed",
-    ["2025-12-04 12:00", "[2025-12-04T12:00:00Z]", "2025-12-04T14:00:00+02:00", "Dec 4 2025 12:00"],
+    "typed", ["2025-12-04 12:00", "2025-12-04T14:00:00+02:00", "Dec 4 2025 12:00"]
 )
 def test_a_date_and_time_is_found(page: Page, typed: str) -> None:
     page.press("g")

@@ -5,13 +5,10 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import page_actions
 import pytest
 from browsers import Page
 from harness import Server
 from page_actions import COUNT, FIRST, LINES, SHOWS, TEXTS, TOLD, Serve, Watch, click, search, write
-
-browser, watch = page_actions.browser, page_actions.watch  # the fixtures
 
 BEGIN = datetime(2025, 12, 1, tzinfo=UTC)
 LINES_WRITTEN = 20_000
