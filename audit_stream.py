@@ -1044,6 +1044,7 @@ class LogState(NamedTuple):
 async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
     """Check the size, read what is new once, broadcast it: one loop for all viewers."""
     while True:
+        begun_s = time.monotonic()
         while await follower.check():
             broadcaster.publish()
             await asyncio.sleep(0)
@@ -1051,6 +1052,8 @@ async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
         sd_notify("WATCHDOG=1")  # after a completed check only
 
         await asyncio.sleep(COALESCE_S)
+        if time.monotonic() - begun_s > STALL_S:
+            follower.note_stall()
         await follower.wait(WATCHDOG_S)
 
 
@@ -1068,6 +1071,7 @@ class LogFollower:
     def __init__(self, path: str, interval_s: float) -> None:
         self.path, self.interval_s = path, interval_s
         self.current = LogFile(os.open(os.devnull, OPEN_FLAGS))  # until there is a log
+        self.current.sequence = 1
         self.tail = Segment(self.current)
         self.draining: dict[LogFile, float] = {}  # rotated files, and until when they are read
         self.state = LogState("missing", "No such file or directory")
@@ -1103,7 +1107,7 @@ class LogFollower:
             file = open_log_file(self.path)
             self.current.replace_descriptor(file)
             self.current.record_published(file.complete_end())
-            self.current.sequence, self.current.last_growth_s = 1, time.monotonic()
+            self.current.last_growth_s = time.monotonic()
             self._found, self.state = True, LogState("ok", "")
             self._watcher.watch_file(self.current)
 
@@ -1160,6 +1164,10 @@ class LogFollower:
             due_s = self.current.unfinished[1] + self.interval_s - time.monotonic()
             timeout_s = min(timeout_s, max(due_s, COALESCE_S))
         await self._watcher.wait(max(0.0, timeout_s - COALESCE_S), log_paths(self.path))
+
+    def note_stall(self) -> None:
+        """Note that the process stood still: what happened meanwhile comes all at once."""
+        self._watcher.stalled = True
 
     # Checking
 
@@ -1282,7 +1290,7 @@ class LogFollower:
         chain, gap = await self._open_successors(self._arrivals.visits(), "")
         if chain:  # our file is back after others
             self._enqueue([*chain, Successor(self.current, "rotated", gap)])
-            self._arrivals = Arrivals(log_paths(self.path))
+            self._arrivals = Arrivals(log_paths(self.path), self._arrivals)
             return True
         self._watcher.stalled = False
         self._arrivals.forget_visits()
@@ -1338,7 +1346,7 @@ class LogFollower:
         if not self._found:
             self._adopt(successors.pop(0).file)
         self._enqueue(successors)
-        self._arrivals = Arrivals(log_paths(self.path))
+        self._arrivals = Arrivals(log_paths(self.path), self._arrivals)
         return True
 
     def _adopt(self, file: LogFile) -> None:
@@ -1346,7 +1354,7 @@ class LogFollower:
         self._watcher.forget_file(self.current)
         self.current.replace_descriptor(file)
         self._watcher.watch_file(self.current)
-        self._arrivals = Arrivals(log_paths(self.path))
+        self._arrivals = Arrivals(log_paths(self.path), self._arrivals)
         self._found = True
         self._report_ok()
 
@@ -1379,15 +1387,19 @@ class LogFollower:
     async def _files_between(self, new: LogFile) -> tuple[list[Successor], str]:
         """Return the files that were the log between the open one and `new`, and a last gap."""
         if self._arrivals.can_tell():
-            return await self._open_successors(self._arrivals.visits(), "")
+            chain, gap = await self._open_successors(self._arrivals.visits(), "")
+            told = sum(bool(successor.gap) for successor in chain)
+            if not gap and len(chain) + told < self._arrivals.expected_files():
+                gap = "a file that was the log for a while is gone"
+            return chain, gap
 
         self._listed = rotated_files(self.path)
         rotated = [name for name in self._listed if name.identity != new.identity]
         unseen = [name for name in rotated if self._is_unseen(name)]
         if not self._found:
-            names, gap = successors_of(None, unseen)
+            names, gap = successors_of(None, unseen, rotated)
         elif ours := await self._find_own(rotated):
-            names, gap = successors_of(ours, unseen)
+            names, gap = successors_of(ours, unseen, rotated)
         else:
             return [], "the file that was read before is nowhere beside the log"
         return await self._open_successors(names, gap)
@@ -1413,6 +1425,7 @@ class LogFollower:
         """Open these files, given as (path, gap before it); what cannot be opened is a gap."""
         successors: list[Successor] = []
         left_bytes, pending_gap = MAX_DECOMPRESSED, ""
+        seen: list[LogFile] = []
         for path, gap in names:
             try:
                 if not path:
@@ -1425,8 +1438,9 @@ class LogFollower:
                 pending_gap = f"{name} {problem_of(error)}"
                 continue
 
-            if file.same_file(self.current):
-                continue  # it came back, and is drained
+            if any(file.same_file(other) for other in [self.current, *seen]):
+                continue  # it came back, and is drained; or has two names
+            seen.append(file)
             if compression_of(path):
                 left_bytes -= file.size
             successors.append(Successor(file, "rotated", pending_gap or gap))
@@ -1447,7 +1461,7 @@ class LogFollower:
         if renamed or not unseen:
             return False
 
-        names, gap = successors_of(None, unseen)
+        names, gap = successors_of(None, unseen, rotated)
         chain, gap = await self._open_successors(names, gap)
         if not chain:
             return False
@@ -1537,6 +1551,7 @@ class LogFollower:
         rotated = [name.path for name in rotated_files(self.path)]
         shape = shape_of(paths[0])
         found = [path for path in paths if path in rotated or shape_of(path) == shape]
+        found = [path for path in found if not self._published.knows_packed(path)]
         copies, gap = await self._open_successors([(path, "") for path in found], "")
         copies = [copy for copy in copies if not old.was_compressed_to(copy.file)]
         if not copies or not copies[0].file.starts_with(old.fingerprint):
@@ -1611,9 +1626,9 @@ def open_rotated(path: str, most_bytes: int, cancelled: threading.Event) -> LogF
 
 
 def successors_of(
-    ours: RotatedName | None, unseen: list[RotatedName]
+    ours: RotatedName | None, unseen: list[RotatedName], listed: list[RotatedName]
 ) -> tuple[list[tuple[str, str]], str]:
-    """Return the files that were the log after ours, oldest first, by their names.
+    """Return the unseen files that were the log after ours, oldest first, by their names.
 
     Each is (path, gap before it); the last gap is the one before the log. Times of change are the
     second witness: if they contradict the names, no file is taken, and the gap says so. Without a
@@ -1627,11 +1642,12 @@ def successors_of(
     if contradiction := contradicting(ours, newer, unseen):
         return [], contradiction
 
+    numbers = {-name.rank[0] for name in listed if newest and name.kind == newest.kind}
     plan, before = [], ours
     for name in newer:
-        plan.append((name.path, missing_between(before, name)))
+        plan.append((name.path, missing_between(before, name, numbers)))
         before = name
-    return plan, missing_between(before, None)
+    return plan, missing_between(before, None, numbers)
 
 
 def contradicting(
@@ -1657,15 +1673,17 @@ def slack_s(name: RotatedName, ours: RotatedName | None) -> float:
     return COMPRESSED_SLACK_S if compressed else PLAIN_SLACK_S
 
 
-def missing_between(older: RotatedName | None, newer: RotatedName | None) -> str:
+def missing_between(
+    older: RotatedName | None, newer: RotatedName | None, numbers: set[int]
+) -> str:
     """Return which number is missing between two rotated files, or before the log, in words."""
     if not older or not older.kind.startswith("number"):
         return ""
-    number = -older.rank[0]
-    next_number = -newer.rank[0] if newer else min(number, 1) - 1
-    if number - next_number <= 1 or (not newer and number <= 1):
-        return ""
-    return f"rotated file number {number - 1} is missing"
+    next_number = -newer.rank[0] if newer else 0
+    for number in range(-older.rank[0] - 1, next_number, -1):
+        if number not in numbers:
+            return f"rotated file number {number} is missing"
+    return ""
 
 
 UNKNOWN_FILE = Fingerprint(), (0, 0)
@@ -1722,13 +1740,15 @@ class PublishedFiles:
     def includes(self, name: RotatedName) -> bool:
         """Return True if this rotated file was published, or there at the start."""
         if name.identity not in self._known:
-            return bool(name.compressed) and self._knows_content(name.path)
+            return self.knows_packed(name.path)
         with contextlib.suppress(OSError):
             return not name.size or self.published_end(open_log_file(name.path)) > 0
         return False
 
-    def _knows_content(self, path: str) -> bool:
-        """Return True if a compressed file begins like one that was published."""
+    def knows_packed(self, path: str) -> bool:
+        """Return True for a compressed file that begins like one that was published."""
+        if not compression_of(path):
+            return False
         with contextlib.suppress(OSError):
             start = first_bytes(path, FINGERPRINT_BYTES)
             return any(known.begins_like(start) for known, _ in self._known.values())
@@ -1914,7 +1934,8 @@ class TrackedName:
 
     def __init__(self, path: str, during: TrackedName | None = None) -> None:
         self.path = path
-        self.during = during  # what was the log at that moment, if it became so since the switch
+        self.during = during  # what was the log at that moment
+        self.removed = False  # from the log's path: it may have another name, by a link or a copy
 
 
 class Arrivals:
@@ -1923,16 +1944,19 @@ class Arrivals:
     Read off the kernel's events, in their order, so that a scheme of renaming needs no known names.
     """
 
-    def __init__(self, paths_of_log: tuple[str, str]) -> None:
+    def __init__(self, paths_of_log: tuple[str, str], before: Arrivals | None = None) -> None:
         self._paths_of_log = paths_of_log
         self.reliable = True  # no event since the last switch was lost
-        self.created: list[TrackedName] = []  # other files: a copy of the log may be among them
-        self._visitors: list[TrackedName] = []  # were at the log's path, one after the other
-        self._at_path: TrackedName | None = None  # which of them is there
+        self._own = TrackedName(paths_of_log[1])  # the file that is open
+        self._visitors: list[TrackedName] = []  # were at the log's path after it
+        self._at_path: TrackedName | None = self._own
         self._moving: dict[int, list[TrackedName]] = {}
+        self.created: list[TrackedName] = []  # other files: copies of the log may be among them
+        if before:  # what has appeared already, for the next file
+            later = [name.path for name in before.created if name.during is before._at_path]
+            self.created = [TrackedName(path, self._own) for path in later if path]
 
-    def forget_visits(self) -> None:
-        self._visitors.clear()
+    # Following the names
 
     def apply(self, events: list[NameEvent]) -> bool:
         """Follow the names through these events. Return True if a file of interest has another."""
@@ -1940,50 +1964,52 @@ class Arrivals:
         for event in events:
             if event.mask & Q_OVERFLOW:
                 self.reliable = False
-            elif event.mask & (MOVED_FROM | DELETE):
-                self._leave(event)
+            elif event.mask & MOVED_FROM:
+                self._moving[event.cookie] = self._leave(event.path)
+            elif event.mask & DELETE:
+                self._remove(event.path)
             elif event.mask & (MOVED_TO | CREATE):
                 self._come(event)
         del self.created[:-256]
         return before != [(name, name.path) for name in self._visitors + self.created]
 
-    def _leave(self, event: NameEvent) -> None:
-        named = [name for name in self._visitors + self.created if name.path == event.path]
-        if self._at_path in named:
-            if event.mask & DELETE:
-                self._rename_to_copy(self._at_path)
-            self._at_path = None
-        if event.mask & MOVED_FROM:
-            self._moving[event.cookie] = named
-
-        packed = [name for name in self.created if is_compressed_name(name.path, event.path)]
+    def _leave(self, path: str) -> list[TrackedName]:
+        """Take this name away. Return who had it."""
+        everything = [self._own, *self._visitors, *self.created]
+        named = [name for name in everything if name.path == path]
         for name in named:
-            if name.path == event.path:
-                name.path = packed[-1].path if event.mask & DELETE and packed else ""
-        if event.mask & DELETE and not named:  # an older file was compressed
+            name.path = ""
+        if self._at_path in named:
+            self._at_path = None
+        return named
+
+    def _remove(self, path: str) -> None:
+        """Follow a file that has another name still: it was compressed, or linked and removed."""
+        at_path = self._at_path
+        named = self._leave(path)
+        packed = [name for name in self.created if is_compressed_name(name.path, path)]
+        if path in self._paths_of_log:
+            for name in named:
+                name.removed = name is at_path
+        elif not named:  # an older file was compressed
             self.created = [name for name in self.created if name not in packed]
+        elif not named[0].path and named[0] not in self.created:
+            self._rename_to_newest(named[0], packed)
 
-    def _rename_to_copy(self, visitor: TrackedName | None) -> None:
-        """Follow a file that was linked or copied to a rotated name, and is removed now."""
-        if visitor and (copies := self._copies_of(visitor)):
-            visitor.path = copies[-1]
-
-    def _copies_of(self, visitor: TrackedName) -> list[str]:
-        """Return what appeared under rotated names while it was the log, the oldest first."""
-        log_name = os.path.basename(self._paths_of_log[0])
-        appeared = [name.path for name in self.created if name.during is visitor]
-        candidates = [path for path in self.candidates() if path in appeared]
-        return [path for path in candidates if is_rotated_name(log_name, path)]
+    def _rename_to_newest(self, tracked: TrackedName, packed: list[TrackedName]) -> None:
+        """Follow a file to the name that appeared last, just before it was removed."""
+        newest = packed or self.created[-1:]
+        if newest:
+            tracked.path = newest[-1].path
+            self.created.remove(newest[-1])
 
     def _come(self, event: NameEvent) -> None:
-        for name in self._visitors + self.created:
-            if name.path == event.path:
-                name.path = ""  # replaced
+        self._leave(event.path)  # what was there is replaced
         known = event.mask & MOVED_TO and event.cookie in self._moving  # it was in a folder before
         moved = self._moving.pop(event.cookie, []) if event.mask & MOVED_TO else []
-
         for name in moved:
             name.path = event.path
+
         arrived = moved[0] if moved else TrackedName(event.path, self._at_path)
         if event.path in self._paths_of_log:
             self._at_path = arrived
@@ -1991,25 +2017,50 @@ class Arrivals:
         elif not known:
             self.created.append(arrived)
 
+    # Answers
+
     def can_tell(self) -> bool:
         """Return True if the events say which files were the log in between."""
         return self.reliable and bool(self._visitors)
 
+    def forget_visits(self) -> None:
+        self._visitors.clear()
+
     def visits(self) -> list[tuple[str, str]]:
         """Return what was the log before the last file, as (present path, gap before it).
 
-        A file comes after copies of it from before it was cut.
+        A file comes after copies of it from before it was cut. Of a file that was removed from the
+        log's path, listed names that appeared meanwhile count as its other names.
         """
-        earlier = [name.path for name in self._visitors[:-1]]
         target = real_path(self._paths_of_log[0])
-        if not all(earlier) and target != self._paths_of_log[0]:
+        gone = [name for name in self._visitors[:-1] if not name.path]
+        if gone and target != self._paths_of_log[0]:
             return [(path, "") for path in self._links_led_to(target)]
 
-        paths: list[str] = []
+        paths = self._copies_of(self._own) if self._own.removed else []
         for visitor in self._visitors:
-            paths += [*self._copies_of(visitor), visitor.path]
-        del paths[-1:]
+            if visitor is self._own:
+                continue  # it came back
+            paths += self._copies_of(visitor)
+            if visitor.path or not visitor.removed or not paths:
+                paths.append(visitor.path)
+        if self._visitors and paths[-1:] == [self._visitors[-1].path]:
+            paths.pop()  # the log itself
         return [(path, "") for path in paths if not is_other_kind(path)]
+
+    def expected_files(self) -> int:
+        """Return how many files were the log before the last one, at least."""
+        if real_path(self._paths_of_log[0]) != self._paths_of_log[0]:
+            return 0  # links may have led to the same file
+        earlier = [name.path for name in self._visitors[:-1] if name is not self._own]
+        return sum(not is_other_kind(path) for path in earlier)
+
+    def _copies_of(self, visitor: TrackedName) -> list[str]:
+        """Return what appeared under rotated names while it was the log, the oldest first."""
+        log_name = os.path.basename(self._paths_of_log[0])
+        appeared = [name.path for name in self.created if name.during is visitor]
+        candidates = [path for path in self.candidates() if path in appeared]
+        return [path for path in candidates if is_rotated_name(log_name, path)]
 
     def _links_led_to(self, target: str) -> list[str]:
         """Return the files that a link led to in between, named like the one it leads to now."""
@@ -2138,14 +2189,15 @@ class Resumer:
         newest = owners[parts[-1]] if parts else None
         if newest is self.follower.current:
             return Chain(owners, [], "")
+        newer = follow_up(newest, live)
+        if newer is not None:
+            return Chain(owners, newer, self.follower.current.began[1])
         own_path = next((path for path, file in found.items() if file is newest), "")
         ours = next((name for name in names if name.path == own_path), None)
         if newest and not ours:
-            newer = follow_up(newest, live) or []
-            nowhere = "the file that was read before is nowhere beside the log"
-            return Chain(owners, newer, self.follower.current.began[1] if newer else nowhere)
+            return Chain(owners, [], "the file that was read before is nowhere beside the log")
         others = [name for name in names if name is not ours]
-        plan, last_gap = successors_of(ours, others)
+        plan, last_gap = successors_of(ours, others, names)
         return await self._open_newer(owners, newest, plan, last_gap, found, patient)
 
     async def _open_owners(
@@ -2280,12 +2332,20 @@ def is_right(file: LogFile, part: str) -> bool:
     return file.cursor_part(offset_of(part)) == part
 
 
-def follow_up(file: LogFile, live: list[LogFile]) -> list[Successor] | None:
+def follow_up(file: LogFile | None, live: list[LogFile]) -> list[Successor] | None:
     """Return what was the log between a file and the current one, if this process published it all.
 
-    `live` are the files that are read, the newest first. None if one of them is missing.
+    `live` are the files that are read, the newest first. Without a file, it is all since the first
+    one. None if one of them is missing.
     """
-    later = live[: live.index(file)] if file in live else []
+    if file is None:
+        file = live[-1]
+        newer = follow_up(file, live) if file.sequence == 1 and len(live) > 1 else None
+        return None if newer is None else [Successor(file, *file.began), *newer]
+
+    if file not in live:
+        return None
+    later = live[: live.index(file)]
     sequences = [file.sequence, *(other.sequence for other in reversed(later))]
     first = sequences[0]
     if later and (not first or sequences != list(range(first, first + len(sequences)))):

@@ -1,6 +1,7 @@
 """Writes pictures of the page in its main states: python tests/gallery.py FOLDER
 
-Each picture is one state, taken in Chromium from the real server. The README's picture is `live.png`.
+Each picture is one state, taken in Chromium from the real server. Without a FOLDER, it writes only the
+picture of the README, `tests/page.png`.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ TRACE = (
 
 def entries(count: int, now: datetime) -> str:
     """An uneven day: quiet at night, a burst of errors in the morning."""
-    lines, at = [], now - timedelta(hours=20)
+    lines, at = [], now - timedelta(hours=20.5)
     for number in range(count):
         at += timedelta(seconds=(number * 7919) % 37 + (900 if number == count // 3 else 0))
         task = TASKS[(number * number + number // 7) % len(TASKS)]
@@ -129,16 +130,35 @@ def opened(
     return page
 
 
+def start(stack: contextlib.ExitStack) -> tuple[Chromium, Server, Path]:
+    """A browser, and a server that follows a log of one day."""
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    log = home / "AUTO_REPAIR_AUDIT.log"
+    log.write_text(entries(4000, datetime.now(UTC)))
+    server = Server(log, "--interval", "0.2", folder=home)
+    stack.callback(server.kill)
+    browser = Chromium()
+    stack.callback(browser.quit)
+    return browser, server, log
+
+
+def for_readme() -> None:
+    with contextlib.ExitStack() as stack:
+        browser, server, log = start(stack)
+        page = opened(browser, server.url, size=(960, 420))
+        search(page, "auto-repair !xgboost")
+        page.wait("document.querySelector('#count').dataset.total > 0")
+        for task in (TASKS[1], TASKS[7], TASKS[0]):
+            append(log, f"[{datetime.now(UTC).isoformat()[:19]}Z] {task}\n")
+            time.sleep(1)
+        picture(page, Path(__file__).parent, "page")
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = home / "AUTO_REPAIR_AUDIT.log"
-        log.write_text(entries(4000, datetime.now(UTC)))
-        server = Server(log, "--interval", "0.2", folder=home)
-        stack.callback(server.kill)
-        browser = Chromium()
-        stack.callback(browser.quit)
+        browser, server, log = start(stack)
+        home = log.parent
 
         for name, enter in STATES.items():
             page = opened(browser, server.url)
@@ -211,6 +231,9 @@ def strangers(browser: Chromium, stack: contextlib.ExitStack, home: Path, folder
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) > 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        for_readme()
