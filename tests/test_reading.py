@@ -181,3 +181,22 @@ def test_a_match_is_not_marked_in_the_middle_of_another_ones_text(
     assert page.js("[...document.querySelectorAll('mark')].map(mark => mark.textContent)") == ["ab"]
     frames(page)
     assert page.js(f"{CENTRE.format('document.querySelector(`mark`)')}.length") == 2
+
+
+def test_a_silence_a_stamp_that_goes_back_and_one_in_the_future_are_marked(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    stamps = [
+        "2025-12-17T08:00:00Z",
+        "2025-12-17T13:30:00Z",
+        "2025-12-17T12:00:00Z",
+        "2099-01-01T00:00:00Z",
+    ]
+    write(log, [f"[{stamp}] entry" for stamp in stamps])
+    page = watch(serve(log).url)
+    page.wait(f"{LINES}.length === 4")
+
+    notes = page.js(f"{LINES}.map(line => line.dataset.note || '')")
+
+    assert notes[:3] == ["", "after 5 h of silence", "1 h back"]
+    assert notes[3].endswith("in the future")
