@@ -350,6 +350,7 @@ add(
     needs=("rotatelogs",),
     keeps=False,
     cuts=True,
+    listed=False,
 )
 add(
     "rotatelogs-ring",
