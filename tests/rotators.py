@@ -312,7 +312,8 @@ def verdict(setup: SetUp, way: str, found: dict[str, int]) -> str:
     words = [f"{found[kind]} {kind}" for kind in found if found[kind]]
     wrong = found["lost"] + found["lost on disk"] + found["repeated"]
     if setup.listed or (setup.renames and way == "stop"):
-        wrong += found["told on disk"] + (found["told"] + found["false"] if setup.keeps else 0)
+        sure = setup.keeps and not setup.cuts
+        wrong += found["told on disk"] + (found["told"] + found["false"] if sure else 0)
     if not words:
         return "exact"
     return ("WRONG: " if wrong and setup.followed else "ok: ") + ", ".join(words)
