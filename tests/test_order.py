@@ -224,18 +224,20 @@ def test_a_new_log_copied_and_cut_before_a_look_is_read_from_its_copy(first, how
 
 
 @pytest.mark.parametrize("how", ["live", "away", "polling"])
-def test_files_that_are_packed_to_another_name_come_once(how, serve, view, log):
+@pytest.mark.parametrize("renamed", [True, False], ids=["from a temporary name", "from the log"])
+def test_files_that_are_packed_to_another_name_come_once(renamed, how, serve, view, log):
     server, viewer = start(serve, view, log, how)
     written = FIRST
 
-    for turn in range(4):  # logback: renamed to a temporary name, packed, removed
+    for turn in range(4):
         with server.looking_away() if how != "live" and turn % 2 else contextlib.nullcontext():
             for number in (3 * turn, 3 * turn + 1, 3 * turn + 2):
                 written += add(log, f"round {number}", 100)
-                aside = log.rename(log.with_name(f"log{number}991.tmp"))
-                log.with_name(f"log.2026-11-27.{number}.gz").write_bytes(
-                    gzip.compress(aside.read_bytes())
-                )
+                aside = log
+                if renamed:  # as logback does it; else as Python's handler with a rotator
+                    aside = log.rename(log.with_name(f"log{number}991.tmp"))
+                packed = gzip.compress(aside.read_bytes())
+                log.with_name(f"log.2026-11-27_10-00-{10 + number}.gz").write_bytes(packed)
                 aside.unlink()
             written += add(log, f"turn {turn}")
         viewer.wait(f"turn {turn}: entry 9 ")
