@@ -390,7 +390,7 @@ add("loguru-gz", python("loguru-gz"), needs=("loguru",))
 
 # JavaScript
 
-add("winston", node("winston"), needs=("node", "winston"), listed=False)
+add("winston", node("winston"), needs=("node", "winston"), listed=False, keeps=False)
 add("winston-daily", node("winston-daily"), needs=("node", "winston-daily-rotate-file"), **AWAY)
 add("pino-roll", node("pino-roll"), needs=("node", "pino-roll"), **AWAY, log="logs/current.log")
 add("stream-classical", node("stream-classical"), needs=("node", "rotating-file-stream"))
