@@ -43,7 +43,7 @@ class SetUp:
     writer: Callable[[Place], Command]
     rotate: Callable[[Place], object] | None = None  # about once a second
     needs: tuple[str, ...] = ()  # programs, jars, modules
-    listed: bool = True  # rotated names and formats are those that count over a restart
+    listed: bool = True  # names, formats and times of change say without doubt what came when
     renames: bool = True  # else a rotation leads elsewhere, turns a link, or packs at once by zstd
     keeps: bool = True  # else lines may go from the disk before anybody could read them
     cuts: bool = False  # copytruncate: what comes between copy and cut is gone
@@ -206,8 +206,15 @@ add_logrotate("dateext-dot-epoch", "create\ndateext\ndateformat .%s")
 add_logrotate(
     "dateext-compress", "create\ndateext\ndateformat -%Y%m%d-%H%M%S\ncompress\ndelaycompress"
 )
-add_logrotate("dateext-clock-back", "create\ndateext\ndateformat -%Y%m%d-%H%M%S", clock=hour_back)
-add_logrotate("dateext-day-first", "create\ndateext\ndateformat -%d%m%Y", clock=month_end)
+add_logrotate(
+    "dateext-clock-back",
+    "create\ndateext\ndateformat -%Y%m%d-%H%M%S",
+    clock=hour_back,
+    listed=False,
+)
+add_logrotate(
+    "dateext-day-first", "create\ndateext\ndateformat -%d%m%Y", clock=month_end, listed=False
+)
 add_logrotate("dateext-underscore", "create\ndateext\ndateformat _%Y%m%d-%H%M%S", listed=False)
 add_logrotate("olddir", "create\nolddir {old}", **AWAY)
 add_logrotate("renamecopy-olddir", "create\nrenamecopy\nolddir {old}", **AWAY)
@@ -343,6 +350,7 @@ add(
     needs=("rotatelogs",),
     keeps=False,
     cuts=True,
+    listed=False,
 )
 add(
     "rotatelogs-ring",
@@ -382,7 +390,7 @@ add("loguru-gz", python("loguru-gz"), needs=("loguru",))
 
 # JavaScript
 
-add("winston", node("winston"), needs=("node", "winston"), listed=False)
+add("winston", node("winston"), needs=("node", "winston"), listed=False, keeps=False)
 add("winston-daily", node("winston-daily"), needs=("node", "winston-daily-rotate-file"), **AWAY)
 add("pino-roll", node("pino-roll"), needs=("node", "pino-roll"), **AWAY, log="logs/current.log")
 add("stream-classical", node("stream-classical"), needs=("node", "rotating-file-stream"))
@@ -455,7 +463,7 @@ add_java(
 DAILY = {"policy": "SizeAndTimeBasedRollingPolicy", "more": SIZED}
 add_java("logback-size-and-time", "logback", LOGBACK, "{log}.%d{{yyyy-MM-dd}}.%i", **DAILY)
 add_java("logback-size-and-time-gz", "logback", LOGBACK, "{log}.%d{{yyyy-MM-dd}}.%i.gz", **DAILY)
-add_java("log4j-default", "log4j", LOG4J, "{log}.%i", trigger=OF_SIZE)
+add_java("log4j-default", "log4j", LOG4J, "{log}.%i", trigger=OF_SIZE, listed=False)
 add_java("log4j-min", "log4j", LOG4J, "{log}.%i", trigger=OF_SIZE, more='fileIndex="min"')
 add_java("log4j-time", "log4j", LOG4J, "{log}.%d{{yyyy-MM-dd-HH-mm-ss}}", trigger=EACH_SECOND)
 add_java("log4j-date-index", "log4j", LOG4J, "{log}.%d{{yyyy-MM-dd}}.%i", trigger=OF_SIZE)

@@ -312,7 +312,8 @@ def verdict(setup: SetUp, way: str, found: dict[str, int]) -> str:
     words = [f"{found[kind]} {kind}" for kind in found if found[kind]]
     wrong = found["lost"] + found["lost on disk"] + found["repeated"]
     if setup.listed or (setup.renames and way == "stop"):
-        wrong += found["told on disk"] + (found["told"] + found["false"] if setup.keeps else 0)
+        sure = setup.keeps and not setup.cuts
+        wrong += found["told on disk"] + (found["told"] + found["false"] if sure else 0)
     if not words:
         return "exact"
     return ("WRONG: " if wrong and setup.followed else "ok: ") + ", ".join(words)
@@ -361,9 +362,11 @@ def play(setup: SetUp, way: str, folder: Path, tools: Path) -> dict[str, str]:
     prefix = NO_INOTIFY if way == "blind" else ()
 
     def start() -> Server:
-        return Server(
-            place.log, "--rate-limit", 0, folder=Path(servers), port=port, prefix=prefix, dev=False
-        )
+        options: dict[str, Any] = {"folder": Path(servers), "port": port, "prefix": prefix}
+        for _ in range(3):  # a busy machine
+            with contextlib.suppress(AssertionError):
+                return Server(place.log, "--rate-limit", 0, dev=False, **options)
+        raise AssertionError("the server does not start")
 
     server = start()
     watching = Watching(server)
@@ -402,9 +405,10 @@ def results_of(
     setup: SetUp, way: str, watching: Watching, count: int, disk: set[int]
 ) -> dict[str, str]:
     results = {}
+    got = came(watching.always.frames())
+    count = max(disk | got.places.keys(), default=-1) + 1  # what was never written is not lost
     if len(disk) < count // 3 and setup.keeps:
         results["rig"] = f"WRONG: only {len(disk)} of {count} lines are on disk"
-    got = came(watching.always.frames())
     for name, viewer in (("A", watching.always), ("B", watching.returning)):
         results[name] = described(setup, way, came(viewer.frames()), count, disk)
     results["C"] = plain_verdict(setup, watching.plain, got)

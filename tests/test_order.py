@@ -7,6 +7,7 @@ import itertools
 import lzma
 import os
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -223,18 +224,20 @@ def test_a_new_log_copied_and_cut_before_a_look_is_read_from_its_copy(first, how
 
 
 @pytest.mark.parametrize("how", ["live", "away", "polling"])
-def test_files_that_are_packed_to_another_name_come_once(how, serve, view, log):
+@pytest.mark.parametrize("renamed", [True, False], ids=["from a temporary name", "from the log"])
+def test_files_that_are_packed_to_another_name_come_once(renamed, how, serve, view, log):
     server, viewer = start(serve, view, log, how)
     written = FIRST
 
-    for turn in range(4):  # logback: renamed to a temporary name, packed, removed
+    for turn in range(4):
         with server.looking_away() if how != "live" and turn % 2 else contextlib.nullcontext():
             for number in (3 * turn, 3 * turn + 1, 3 * turn + 2):
                 written += add(log, f"round {number}", 100)
-                aside = log.rename(log.with_name(f"log{number}991.tmp"))
-                log.with_name(f"log.2026-11-27.{number}.gz").write_bytes(
-                    gzip.compress(aside.read_bytes())
-                )
+                aside = log
+                if renamed:  # as logback does it; else as Python's handler with a rotator
+                    aside = log.rename(log.with_name(f"log{number}991.tmp"))
+                packed = gzip.compress(aside.read_bytes())
+                log.with_name(f"log.2026-11-27_10-00-{10 + number}.gz").write_bytes(packed)
                 aside.unlink()
             written += add(log, f"turn {turn}")
         viewer.wait(f"turn {turn}: entry 9 ")
@@ -512,6 +515,44 @@ def test_a_cursor_of_nothing_is_followed_by_all_that_was_sent_since(serve, view,
 
     assert resumed.wait(lambda it: it.text.endswith("\n")).text == written
     assert resumed.frames[0]["resumed"] and gaps(resumed) == []
+
+
+UNKNOWN = {
+    "zst": ["zstd", "-q", "--rm"],
+    "lz4": ["lz4", "-q", "--rm", "-m"],
+    "Z": ["compress", "-f"],
+    "zip": ["zip", "-q", "-m", "log.1.zip"],
+}
+
+
+@pytest.mark.parametrize("how", ["live", "away", "polling"])
+@pytest.mark.parametrize("extension", UNKNOWN)
+def test_what_is_packed_in_an_unknown_way_is_a_told_gap_and_no_text(
+    extension, how, serve, view, log
+):
+    command = UNKNOWN[extension]
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    server, viewer = start(serve, view, log, how)
+    written = FIRST
+
+    for turn in range(2):
+        with away(server, "away" if turn else how):
+            for number in range(3):
+                written += add(log, f"turn {turn}, {number}", 100)
+                for older in range(9, 0, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        old, new = (f"{log}.{n}.{extension}" for n in (older, older + 1))
+                        os.rename(old, new)
+                log.rename(f"{log}.1")
+                log.touch()
+                subprocess.run([*command, "log.1"], cwd=log.parent, check=True)
+            written += add(log, f"turn {turn} last")
+        viewer.wait(f"turn {turn} last: entry 9 ")
+
+    came = finished(viewer, log)
+    assert once(came, written)
+    assert came == written or gaps(viewer)
 
 
 # a piece of the chain is missing

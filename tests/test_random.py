@@ -118,7 +118,7 @@ class Reading:
         if self.told:
             self.gaps.append((self.current.number, life.number))
         for passed in self.lives[self.current.number + 1 : life.number]:
-            cut = passed.cut_off and not (passed.sent and self.reasons <= {"rotated"})
+            cut = passed.cut_off and not (passed.sent and self.reasons == {"rotated"})
             known = passed.number > self.unknown or passed.removed
             if not known:
                 self.gaps.append((passed.number, passed.number))
