@@ -1080,6 +1080,7 @@ class LogFollower:
         self.names = GenerationNames()
 
         self._found = False
+        self._reads_failed = False
         self._pending: collections.deque[Successor] = collections.deque()
         self._published = PublishedFiles()
         self._listed: list[RotatedName] = []  # by whose names the last look decided
@@ -1181,12 +1182,15 @@ class LogFollower:
                 if await self._find_unseen():
                     return True
                 if self.publish_new_bytes(self.current):
+                    if self._reads_failed:
+                        self._report_ok()  # before the first bytes
                     return True  # broadcast first, look around afterwards
                 if self._drain_rotated():
                     return True
                 return await self._look_around()
 
             except OSError as error:  # it is told, and passes
+                self._reads_failed = True
                 self._report_problem("unreadable", error.strerror or "cannot be read")
                 return False
             finally:
@@ -1387,7 +1391,8 @@ class LogFollower:
     async def _files_between(self, new: LogFile) -> tuple[list[Successor], str]:
         """Return the files that were the log between the open one and `new`, and a last gap."""
         if self._arrivals.can_tell():
-            chain, gap = await self._open_successors(self._arrivals.visits(), "")
+            visits, own_copies = self._arrivals.visits(), self._arrivals.copies_of_own()
+            chain, gap = await self._open_successors(visits, "", own_copies)
             told = sum(bool(successor.gap) for successor in chain)
             if not gap and len(chain) + told < self._arrivals.expected_files():
                 gap = "a file that was the log for a while is gone"
@@ -1420,7 +1425,10 @@ class LogFollower:
         return not self._published.includes(name)
 
     async def _open_successors(
-        self, names: list[tuple[str, str]], last_gap: str
+        self,
+        names: list[tuple[str, str]],
+        last_gap: str,
+        own_copies: Container[str] = (),
     ) -> tuple[list[Successor], str]:
         """Open these files, given as (path, gap before it); what cannot be opened is a gap."""
         successors: list[Successor] = []
@@ -1440,6 +1448,8 @@ class LogFollower:
 
             if any(file.same_file(other) for other in [self.current, *seen]):
                 continue  # it came back, and is drained; or has two names
+            if path in own_copies and file.starts_with(self.current.fingerprint):
+                continue
             seen.append(file)
             if compression_of(path):
                 left_bytes -= file.size
@@ -1589,6 +1599,7 @@ class LogFollower:
             self._set_state(LogState(state, detail))
 
     def _report_ok(self, detail: str = "") -> None:
+        self._reads_failed = False
         self._anomaly_since_s = 0.0
         self._set_state(LogState("ok", detail))
 
@@ -1622,7 +1633,22 @@ def open_rotated(path: str, most_bytes: int, cancelled: threading.Event) -> LogF
     """Open a rotated file, compressed or not. Raises OSError."""
     if compression_of(path):
         return decompress(path, most_bytes, cancelled)
-    return open_log_file(path)
+    file = open_log_file(path)
+    if file.read_bytes(0, 6).startswith(PACKED):
+        raise OSError(errno.EINVAL, "is packed in a way that is not known here", path)
+    return file
+
+
+# How packed files begin: gzip, bzip2, xz, zstd, lz4, zip, compress(1).
+PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ\0",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"PK\x03\x04",
+    b"\x1f\x9d",
+)
 
 
 def successors_of(
@@ -1994,12 +2020,14 @@ class Arrivals:
         elif not named:  # an older file was compressed
             self.created = [name for name in self.created if name not in packed]
         elif not named[0].path and named[0] not in self.created:
-            self._rename_to_newest(named[0], packed)
+            self._rename_to_newest(named[0], path, packed)
 
-    def _rename_to_newest(self, tracked: TrackedName, packed: list[TrackedName]) -> None:
+    def _rename_to_newest(
+        self, tracked: TrackedName, path: str, packed: list[TrackedName]
+    ) -> None:
         """Follow a file to the name that appeared last, just before it was removed."""
         newest = packed or self.created[-1:]
-        if newest:
+        if newest and (packed or not newest[-1].path.startswith(f"{path}.")):
             tracked.path = newest[-1].path
             self.created.remove(newest[-1])
 
@@ -2033,7 +2061,8 @@ class Arrivals:
         log's path, listed names that appeared meanwhile count as its other names.
         """
         target = real_path(self._paths_of_log[0])
-        gone = [name for name in self._visitors[:-1] if not name.path]
+        earlier = [name.path for name in self._visitors[:-1]]
+        gone = [path for path in earlier if not path or os.path.islink(path)]
         if gone and target != self._paths_of_log[0]:
             return [(path, "") for path in self._links_led_to(target)]
 
@@ -2047,6 +2076,10 @@ class Arrivals:
         if self._visitors and paths[-1:] == [self._visitors[-1].path]:
             paths.pop()  # the log itself
         return [(path, "") for path in paths if not is_other_kind(path)]
+
+    def copies_of_own(self) -> list[str]:
+        """Return what appeared under rotated names while the open file was the log."""
+        return self._copies_of(self._own)
 
     def expected_files(self) -> int:
         """Return how many files were the log before the last one, at least."""

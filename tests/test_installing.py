@@ -1,7 +1,6 @@
 """Started from anywhere, by anything: it works, or says in one line what to do."""
 
 import fcntl
-import importlib.util
 import os
 import re
 import shutil
@@ -102,19 +101,19 @@ def test_without_its_page_it_says_what_to_copy(tmp_path, log):
 
 def test_pip_installs_a_command_that_works(tmp_path, log):
     """What pip and uv would put into a folder of packages."""
-    if not importlib.util.find_spec("setuptools") or not importlib.util.find_spec("wheel"):
-        unavailable("setuptools or wheel is not installed")
     source = tmp_path / "source"
     shutil.copytree(
         ROOT, source, ignore=lambda _, names: {name for name in names if name.startswith(".")}
     )
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
     target = tmp_path / "packages"
 
     finished = subprocess.run(
         [*command, "--target", str(target), str(source)], capture_output=True, timeout=120
     )
 
+    if b"No matching distribution" in finished.stderr:
+        unavailable("pip reaches no index from which it could have setuptools")
     assert finished.returncode == 0, finished.stderr
     assert (target / "bin" / "audit-stream").is_file()
     path = os.pathsep.join([str(target), *sys.path])
