@@ -6316,7 +6316,7 @@ METRICS = {
     "build_info": "Versions, as labels.",
     "generations_total": "Lives of the log that began, by reason.",
     "proof_alarms_total": "Alarms about bytes that changed after they were published.",
-    "proof_altered": "1 while such bytes are there and nobody has accepted them.",
+    "proof_altered": "One while such bytes are there and nobody has accepted them.",
     "proof_false_suspicions_total": "Suspicions that a second read cleared.",
     "proof_known_bytes": "Bytes of the log whose digest is known.",
     "proof_passes_total": "Passes over a file for those who asked for a receipt.",
