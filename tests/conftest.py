@@ -15,16 +15,41 @@ from harness import FIRST, TOKEN, Server, Viewer, append
 from page_actions import Watch, watching
 from several_processes import pytest_runtestloop as pytest_runtestloop
 
+# Firefox does everything with hands; the rest of the page is tried in it by --all.
+IN_BOTH_BROWSERS = ("test_access.py", "test_everyone.py", "test_hands.py")
+WITHOUT_EVENTS = ("test_cuts.py", "test_following.py", "test_order.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the tests that take long, too")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a minute, so its file comes first")
+    config.addinivalue_line("markers", "slow: takes more than half a minute: only with --all")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what takes longest: else one of the two processes waits for it in the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    in_browsers = {item.path for item in items if "browser" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: (item.path not in slow, item.path not in in_browsers))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes long, unless --all asks for it; put first what takes longest."""
+    chosen = list(items)
+    if not config.option.all and not any("::" in argument for argument in config.args):
+        chosen = [item for item in items if not takes_long(item)]
+        left_out = [item for item in items if takes_long(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+    slow = {item.path for item in chosen if item.get_closest_marker("slow")}
+    in_browsers = {item.path for item in chosen if "browser" in getattr(item, "fixturenames", ())}
+    chosen.sort(key=lambda item: (item.path not in slow, item.path not in in_browsers))
+    items[:] = chosen
+
+
+def takes_long(item: pytest.Item) -> bool:
+    """Return True for slow tests, and for one more round of the same in another way."""
+    if item.get_closest_marker("slow") or "later" in getattr(item, "fixturenames", ()):
+        return True
+    variants = item.name.partition("[")[2]
+    if item.path.name in WITHOUT_EVENTS and "polling" in variants:
+        return True
+    return "firefox" in variants and item.path.name not in IN_BOTH_BROWSERS
 
 
 @pytest.fixture
