@@ -15,8 +15,10 @@ import contextlib
 import gzip
 import json
 import lzma
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -385,7 +387,7 @@ def play(setup: SetUp, way: str, folder: Path, tools: Path) -> dict[str, str]:
     watching.end()
     results = results_of(setup, way, watching, writing.count, disk)
     with contextlib.suppress(AssertionError):
-        server.stop()
+        server.stop(within=20)
         server.check()
         return results
     return results | {"server": f"WRONG: {server.errors()[-500:]}"}
@@ -459,13 +461,16 @@ def install(tools: Path) -> None:
 def run_one(name: str, way: str, tools: Path) -> dict[str, str]:
     """In a process of its own."""
     command = [sys.executable, __file__, "--single", name, way, str(tools)]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    except subprocess.TimeoutExpired:
-        return {"rig": "WRONG: it never ended"}
-    if ended.returncode:
-        return {"rig": f"WRONG: {ended.stderr[-1500:]}"}
-    return dict(json.loads(ended.stdout))
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            said, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return {"rig": "WRONG: it never ended"}
+    if process.returncode:
+        return {"rig": f"WRONG: {errors.strip().splitlines()[-1]}"}
+    return dict(json.loads(said))
 
 
 def single(name: str, way: str, tools: Path) -> int:
