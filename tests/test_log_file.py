@@ -66,9 +66,9 @@ ANSWERS: dict[str, tuple[tuple[bytes | int, ...], Callable[[LogFile], Any], Any]
         TWO,
     ),
     "data with a few NULs": (
-        (TWO, bytes(99), TWO),
+        (TWO, bytes(15), TWO),
         lambda log: log.read_data(0, 9999),
-        TWO + bytes(99) + TWO,
+        TWO + bytes(15) + TWO,
     ),
     # where it goes on
     "behind a hole": ((BLOCK, HOLE, TWO), lambda log: log.next_data(64 * KIB), AFTER),
