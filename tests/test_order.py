@@ -66,6 +66,27 @@ def rename_to(log, name, tag, count=10):
 # what was sent is not sent again
 
 
+@pytest.mark.parametrize("place", ["the same server", "another"])
+def test_a_log_that_was_renamed_and_is_missing_comes_once_to_those_who_return(
+    place, serve, view, log
+):
+    server, viewer = start(serve, view, log)
+    viewer.close()
+
+    shift(log)
+    written = add(log, "a")
+    if place == "another":
+        server.stop()
+        server = serve(log, "--interval", 0.3)
+    view(server, json=True).wait(written)
+    shift(log)
+    resumed = view(server, json=True, since=viewer.cursor).wait(written)
+    written += add(log, "b")
+
+    assert resumed.wait("b: entry 9 ").wait(lambda it: it.text.endswith("\n")).text == written
+    assert gaps(resumed) == []
+
+
 ORDERS = {
     "numbers that rise": ["log.1", "log.2", "log.3", "log.4"],
     "an index behind a date, past ten": [f"log.2026-11-27.{number}" for number in range(13)],
