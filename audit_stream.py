@@ -2229,7 +2229,8 @@ class Resumer:
         ours = next((name for name in names if name.path == own_path), None)
         if newest and not ours:
             return Chain(owners, [], "the file that was read before is nowhere beside the log")
-        others = [name for name in names if name is not ours]
+        mine = self.follower.current.identity
+        others = [name for name in names if name is not ours and name.identity != mine]
         plan, last_gap = successors_of(ours, others, names)
         return await self._open_newer(owners, newest, plan, last_gap, found, patient)
 
