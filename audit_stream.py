@@ -2228,11 +2228,26 @@ class Resumer:
         own_path = next((path for path, file in found.items() if file is newest), "")
         ours = next((name for name in names if name.path == own_path), None)
         if newest and not ours:
+            ours = await self._find_packed(newest, names)
+        if newest and not ours:
             return Chain(owners, [], "the file that was read before is nowhere beside the log")
         mine = self.follower.current.identity
         others = [name for name in names if name is not ours and name.identity != mine]
         plan, last_gap = successors_of(ours, others, names)
         return await self._open_newer(owners, newest, plan, last_gap, found, patient)
+
+    async def _find_packed(
+        self, file: LogFile, names: list[RotatedName]
+    ) -> RotatedName | None:
+        """Return the name under which a file that is still drained was compressed."""
+        head = file.fingerprint.head
+        for name in names:
+            with contextlib.suppress(OSError):
+                if not name.compressed or first_bytes(name.path, len(head)) != head:
+                    continue
+                if await self._decompress_once(name, MAX_DECOMPRESSED) is file:
+                    return name
+        return None
 
     async def _open_owners(
         self,
@@ -5212,6 +5227,8 @@ class Proof:
 
         checker = self.current
         hurry = checker.was_touched()
+        if not hurry and not checker.is_due():
+            return 1.0
         await run_in_thread(checker.read_on, HURRY_BLOCKS if hurry else 1)
         if checker.suspect is not None:
             await self.confirm(checker)
@@ -5459,6 +5476,7 @@ class Checker:
         self.started_s = time.time()
         self.verified_s = 0.0  # when the last pass over all of it ended
         self.checkpoints = [Checkpoint(0, hashlib.sha256(), self.started_s)]
+        self.next_read_s = 0.0  # when the idle reader goes on, if nothing is new
         self.next_block = 0  # the index of the checkpoint where the idle reader goes on
         self.suspect: int | None = None  # after this checkpoint other bytes were read than before
         self.caught_up = False  # all that was published has been read once
@@ -5490,6 +5508,14 @@ class Checker:
         if not self.caught_up:
             return 1 / MOST_BLOCKS_PER_S
         return min(1.0, max(1 / MOST_BLOCKS_PER_S, PASS_S / len(self.checkpoints)))
+
+    def is_due(self) -> bool:
+        """Return True if there are new bytes to read, or it is time for the next block."""
+        now_s = time.monotonic()
+        if self.caught_up and self.end == self.file.end and now_s < self.next_read_s:
+            return False
+        self.next_read_s = now_s + min(1.0, PASS_S / len(self.checkpoints))
+        return True
 
     def was_touched(self) -> bool:
         """Return True while the file is to be read at full speed: it changed but did not grow."""

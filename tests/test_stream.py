@@ -212,9 +212,10 @@ def test_any_content_arrives_as_it_is(serve, view, log):
     for viewer in viewers:
         assert viewer.text == written.decode(errors="replace")
     for viewer in viewers[1::2]:
-        assert [frame["start"] for frame in viewer.frames] == [
+        frames = [frame for frame in viewer.frames if "start" in frame]
+        assert [frame["start"] for frame in frames] == [
             0,
-            *(frame["end"] for frame in viewer.frames[:-1]),
+            *(frame["end"] for frame in frames[:-1]),
         ]
 
 
@@ -374,12 +375,12 @@ def test_an_idle_server_does_nothing(serve, log):
     with contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(server.upgrade())
-        eventually(lambda: server.sockets() > 100)
+        eventually(lambda: 'viewers{state="live"} 100' in server.get("/metrics")[2].decode())
         before = server.cpu()
 
         time.sleep(5)
 
-        assert server.cpu() - before < 0.05
+        assert server.cpu() - before < 0.5  # a loop that spins takes ten times as much
     assert fresh < 48 * MIB
 
 
