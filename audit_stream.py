@@ -783,7 +783,9 @@ EMPTY_CURSOR = "0.nothing-was-sent-yet"  # before the first byte of the first fi
 class Segment:
     """A range of one generation. The last one of the list grows with its generation."""
 
-    def __init__(self, file: LogFile, older: Iterable[str] = (), newer: Iterable[str] = ()) -> None:
+    def __init__(
+        self, file: LogFile, older: Iterable[str] = (), newer: Iterable[str] = ()
+    ) -> None:
         self.file = file
         self.older_parts = tuple(older)  # of a cursor: how far the other files still read were sent
         self.newer_parts = tuple(newer)
@@ -803,7 +805,9 @@ class Segment:
         own_part = self.file.cursor_part(offset)
         return "~".join((*self.older_parts, own_part, *self.newer_parts))
 
-    def link_to(self, following: Segment, offset: int, event: str = "", gap: str = "") -> Segment:
+    def link_to(
+        self, following: Segment, offset: int, event: str = "", gap: str = ""
+    ) -> Segment:
         """Close this segment, and go on at that offset of the next one. Return the next one."""
         self.end_limit = self.end
         following.start_cursor = self.cursor(self.end_limit)
@@ -1697,7 +1701,9 @@ def slack_s(name: RotatedName, ours: RotatedName | None) -> float:
     return COMPRESSED_SLACK_S if compressed else PLAIN_SLACK_S
 
 
-def missing_between(older: RotatedName | None, newer: RotatedName | None, numbers: set[int]) -> str:
+def missing_between(
+    older: RotatedName | None, newer: RotatedName | None, numbers: set[int]
+) -> str:
     """Return which number is missing between two rotated files, or before the log, in words."""
     if not older or not older.kind.startswith("number"):
         return ""
@@ -2018,7 +2024,9 @@ class Arrivals:
         elif not named[0].path and named[0] not in self.created:
             self._rename_to_newest(named[0], path, packed)
 
-    def _rename_to_newest(self, tracked: TrackedName, path: str, packed: list[TrackedName]) -> None:
+    def _rename_to_newest(
+        self, tracked: TrackedName, path: str, packed: list[TrackedName]
+    ) -> None:
         """Follow a file to the name that appeared last, just before it was removed."""
         newest = packed or self.created[-1:]
         if newest and (packed or not newest[-1].path.startswith(f"{path}.")):
@@ -2230,7 +2238,9 @@ class Resumer:
         plan, last_gap = successors_of(ours, others, names)
         return await self._open_newer(owners, newest, plan, last_gap, found, patient)
 
-    async def _find_packed(self, file: LogFile, names: list[RotatedName]) -> RotatedName | None:
+    async def _find_packed(
+        self, file: LogFile, names: list[RotatedName]
+    ) -> RotatedName | None:
         """Return the name under which a file that is still drained was compressed."""
         head = file.fingerprint.head
         for name in names:
@@ -2331,7 +2341,7 @@ class Resumer:
     def _link_segments(self, parts: list[str], chain: Chain) -> Position:
         """Link the segments from a cursor to the tail, in one step, so that no change is missed.
 
-        [ older files, as far as their parts say ] -> [ newest ] -> [ newer ]* -> the tail
+            [ older files, as far as their parts say ] -> [ newest ] -> [ newer ]* -> the tail
         """
         follower = self.follower
         reading = {follower.current, *follower.draining}
@@ -5618,7 +5628,9 @@ class Checker:
                 self.suspect = self.suspect or 0
             self.read_so_far = 0
 
-    def answer(self, one: Wanted, digests: dict[int, str], loop: asyncio.AbstractEventLoop) -> None:
+    def answer(
+        self, one: Wanted, digests: dict[int, str], loop: asyncio.AbstractEventLoop
+    ) -> None:
         head, sha256 = digests[head_end(one.end)], digests[one.end]
         digest = Digest(head, sha256, time.time())
         loop.call_soon_threadsafe(one.settle, digest)
@@ -5663,7 +5675,9 @@ class Checker:
         self.next_block = self.hurry_blocks = 0
 
 
-def read_pieces(file: LogFile, start: int, end: int, cancelled: threading.Event) -> Iterator[bytes]:
+def read_pieces(
+    file: LogFile, start: int, end: int, cancelled: threading.Event
+) -> Iterator[bytes]:
     """Read a file in pieces that end at multiples of their size."""
     while start < end and not cancelled.is_set():
         stop = min(end, start - start % PIECE_BYTES + PIECE_BYTES)
@@ -5674,7 +5688,9 @@ def read_pieces(file: LogFile, start: int, end: int, cancelled: threading.Event)
         start += len(piece)
 
 
-def states_at(pieces: Iterable[bytes], edges: Iterable[int]) -> Iterator[tuple[int, hashlib._Hash]]:
+def states_at(
+    pieces: Iterable[bytes], edges: Iterable[int]
+) -> Iterator[tuple[int, hashlib._Hash]]:
     """Hash pieces; yield the state at each edge (sorted offsets) that is reached, and at the end.
 
     The state goes on being updated: keep a copy.
@@ -6574,7 +6590,9 @@ def argument_parser() -> ArgumentParser:
     option("--log", metavar="PATH", help="the log; it may appear later, and may be rotated")
     option("--host", metavar="ADDRESS", default="127.0.0.1", help="listen address (%(default)s)")
     option("--port", metavar="N", type=integer(0, 65535), default=8080, help="0: any (8080)")
-    option("--interval", metavar="SECONDS", type=duration, default=3.0, help="of size checks (3)")
+    option(
+        "--interval", metavar="SECONDS", type=duration, default=3.0, help="of size checks (3)"
+    )
     option("--initial", metavar="BYTES", type=integer(0, MAX_MESSAGE), default=1000, help=INITIAL)
     option("--zone", metavar="ZONE", type=time_zone, default=datetime.UTC, help=ZONE_HELP)
     option("--token-file", metavar="PATH", help="tokens, each TOKEN or NAME TOKEN on its line")
@@ -6590,7 +6608,9 @@ def argument_parser() -> ArgumentParser:
     option("--append", metavar="TEXT", help="write an entry to the log and exit")
     option("--anchor", metavar="SECONDS", type=seconds_or_0, default=3600.0, help=ANCHOR)
     option("--verify", metavar="RECEIPT", help="does the log hold it? - reads standard input")
-    option("--expect-every", metavar="SECONDS", type=duration, help="say so if it is silent longer")
+    option(
+        "--expect-every", metavar="SECONDS", type=duration, help="say so if it is silent longer"
+    )
     option("--demo", action="store_true", help="follow a throw-away log with an entry a second")
     option("--version", action="version", version=f"audit_stream.py {VERSION}")
     return parser
