@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from browsers import Page
 from page_actions import (
+    COUNT,
     HERE,
     LINES,
     TEXTS,
@@ -92,6 +93,26 @@ def test_the_chips_count_what_is_in_the_log_and_what_arrives_and_filter_it(
     page.wait("/level=error/.test(location.hash)")
     click(page, "errors")
     page.wait(f"{LINES}.length === {len(LEVELS) + 2}")
+
+
+def test_what_came_while_the_server_was_away_is_counted_too(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    written = write(log, entries("ERROR disk gone", "INFO fine"))
+    server = serve(log)
+    page = watch(server.url, trouble=True)
+    search(page, "disk")
+    page.wait("document.querySelector('#errors').textContent === 'errors 1'")
+    page.wait(f"/^1 match/.test({COUNT})")
+
+    server.stop()
+    written += write(log, entries("ERROR disk gone again", "WARN disk low"))
+    serve(log, port=server.port)
+
+    page.wait("document.querySelector('#errors').textContent === 'errors 2'")
+    page.wait("document.querySelector('#warnings').textContent === 'warnings 1'")
+    page.wait(f"/^3 matches/.test({COUNT})")
+    shows(page, [line for line in written if "disk" in line])
 
 
 def test_a_stack_trace_stays_with_its_entry_under_a_filter(
