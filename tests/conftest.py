@@ -1,6 +1,8 @@
 """What the tests are given: a log, servers, viewers, browsers; two processes share the files."""
 
 import contextlib
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 pytest.register_assert_rewrite("harness", "page_actions")  # before they are imported
 
-from browsers import BROWSERS, Browser, Page
+from browsers import BROWSERS, Browser, Page, unavailable
 from harness import FIRST, TOKEN, Server, Viewer, append
 from page_actions import Watch, watching
 from several_processes import pytest_runtestloop as pytest_runtestloop
@@ -50,6 +52,28 @@ def takes_long(item: pytest.Item) -> bool:
     if item.path.name in WITHOUT_EVENTS and "polling" in variants:
         return True
     return "firefox" in variants and item.path.name not in IN_BOTH_BROWSERS
+
+
+@pytest.fixture(scope="session")
+def npm(pytestconfig: pytest.Config) -> Callable[..., Path]:
+    """Install modules (NAME@VERSION) where the next run finds them; return that folder."""
+
+    def install(*modules: str) -> Path:
+        if not shutil.which("npm"):
+            unavailable("npm is not installed")
+        assert pytestconfig.cache
+        folder = pytestconfig.cache.mkdir("-".join(modules).replace("@", "-").replace("/", "-"))
+        options = ("--silent", "--no-save", "--no-audit", "--no-fund")
+        command = ["npm", "install", *options, "--prefix", str(folder), *modules]
+        if not all(
+            (folder / "node_modules" / name.rpartition("@")[0]).is_dir() for name in modules
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                unavailable(f"npm install failed: {done.stderr}")
+        return folder
+
+    return install
 
 
 @pytest.fixture

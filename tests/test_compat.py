@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,29 +49,10 @@ box.addEventListener('scroll', at)</script>
 
 
 @pytest.fixture(scope="module")
-def modules(pytestconfig: pytest.Config) -> Path:
-    if not (shutil.which("node") and shutil.which("npm")):
-        unavailable("node and npm are not installed")
-    assert pytestconfig.cache
-    folder = pytestconfig.cache.mkdir(
-        "compat-" + "-".join(name.rpartition("@")[2] for name in MODULES)
-    )
-    command = [
-        "npm",
-        "install",
-        "--silent",
-        "--no-save",
-        "--no-audit",
-        "--no-fund",
-        "--prefix",
-        str(folder),
-        *MODULES,
-    ]
-    if not all((folder / "node_modules" / name.rpartition("@")[0]).is_dir() for name in MODULES):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            unavailable(f"npm install failed: {done.stderr}")
-    return folder
+def modules(npm: Callable[..., Path]) -> Path:
+    if not shutil.which("node"):
+        unavailable("node is not installed")
+    return npm(*MODULES)
 
 
 def check(page: Path, modules: Path) -> tuple[int, list[str]]:

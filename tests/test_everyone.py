@@ -1,13 +1,11 @@
 """Everyone: both schemes, no mouse, no animation, high contrast, 400 % zoom, print, a screen reader."""
 
 import json
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browsers import ChromiumPage, Page, unavailable
+from browsers import ChromiumPage, Page
 from page_actions import (
     BOX,
     LINES,
@@ -31,28 +29,8 @@ GROUND = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Num
 
 
 @pytest.fixture(scope="module")
-def axe(pytestconfig: pytest.Config) -> str:
-    if not shutil.which("npm"):
-        unavailable("npm is not installed")
-    assert pytestconfig.cache
-    folder = pytestconfig.cache.mkdir(AXE.replace("@", "-"))
-    script = folder / "node_modules" / "axe-core" / "axe.min.js"
-    command = [
-        "npm",
-        "install",
-        "--silent",
-        "--no-save",
-        "--no-audit",
-        "--no-fund",
-        "--prefix",
-        str(folder),
-        AXE,
-    ]
-    if not script.is_file():
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            unavailable(f"npm install failed: {done.stderr}")
-    return script.read_text()
+def axe(npm: Callable[..., Path]) -> str:
+    return (npm(AXE) / "node_modules" / "axe-core" / "axe.min.js").read_text()
 
 
 def violations(page: Page, axe: str) -> list[str]:
