@@ -2373,7 +2373,8 @@ class Resumer:
         if not owned:
             gap = gap or follower.current.lost
         last.next = Link(follower.tail, start, event, gap)
-        if not follower.current.end and event:
+        nothing_known = not follower.current.end or follower.tail.start_cursor == EMPTY_CURSOR
+        if event and not start and nothing_known:
             follower.tail.start_cursor = last.cursor(last.end)
         return Position(first, offset_of(parts[-1]) if parts else 0)
 

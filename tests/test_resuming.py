@@ -175,6 +175,20 @@ def test_a_reconnecting_viewer_misses_nothing_of_a_burst_with_kills(serve, view,
     assert text == FIRST + lines(19_800, 200)
 
 
+def test_who_leaves_between_two_files_gets_only_the_second_one(serve, view, log):
+    append(log, FIRST)
+    viewer = view(serve(log), json=True).wait(lambda it: it.frames)
+    viewer.close()
+    log.rename(f"{log}.1")
+    append(log, "new\n")
+    server = serve(log)
+
+    first = view(server, json=True, since=viewer.cursor).wait("new\n")
+    second = view(server, json=True, since=first.of("generation")[0]["cursor"]).wait("new\n")
+
+    assert second.text == "new\n"
+
+
 @pytest.mark.parametrize("rotations", [0, 1, 2])
 def test_identical_lines_are_told_apart_by_the_process_that_saw_them(rotations, serve, view, log):
     append(log, "same\n" * 500)
