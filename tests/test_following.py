@@ -312,6 +312,7 @@ def test_an_edit_is_told_and_what_was_sent_before_it_is_not_sent_again(serve, vi
             file.seek(place)
             file.write(b"#")
         viewer.wait(lambda it, number=number: len(it.reasons()) == number)
+        viewer.wait(lambda it, number=number: it.text.count("entry 00000999 ") == number + 1)
     append(log, "marker\n")
     viewer.wait("marker\n")
 
