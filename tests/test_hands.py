@@ -146,6 +146,19 @@ def test_keys_work_on_a_fresh_page_before_anything_has_the_focus(
     page.wait(f"{SHOWS} === 'live'")
 
 
+def test_end_in_the_frame_of_another_key_is_the_live_end(
+    site: tuple[Server, Path], watch: Watch
+) -> None:
+    page = watch(site[0].url)
+    page.wait(f"{LINES}.length > 60")
+    key = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{}', bubbles: true }}));"
+
+    page.js(f"(() => {{ {key.format('PageUp')} {key.format('End')} }})()")
+    frames(page, 12)
+
+    assert page.js(SHOWS) == "live"
+
+
 def test_a_click_that_does_nothing_else_lets_the_view_follow_again(
     site: tuple[Server, Path], watch: Watch
 ) -> None:
