@@ -1294,7 +1294,7 @@ class LogFollower:
         chain, gap = await self._open_successors(self._arrivals.visits(), "")
         if chain:  # our file is back after others
             self._enqueue([*chain, Successor(self.current, "rotated", gap)])
-            self._arrivals = Arrivals(log_paths(self.path), self._arrivals)
+            self._arrivals = Arrivals(log_paths(self.path))
             return True
         self._watcher.stalled = False
         self._arrivals.forget_visits()
@@ -1348,11 +1348,12 @@ class LogFollower:
             return True  # renamed while they were opened: look again
         if chain and replaced and chain[0].file.starts_with(old.fingerprint):
             self._reread(chain.pop(0).file)  # the same log, renamed after it was replaced
+        self._pass_published(new)
         successors = [*chain, Successor(new, "rotated", gap)]
         if not self._found:
             self._adopt(successors.pop(0).file)
         self._enqueue(successors)
-        self._arrivals = Arrivals(log_paths(self.path), self._arrivals)
+        self._arrivals = Arrivals(log_paths(self.path))
         return True
 
     def _adopt(self, file: LogFile) -> None:
@@ -1366,13 +1367,9 @@ class LogFollower:
 
     def _enqueue(self, successors: list[Successor]) -> None:
         """Read on in these files, one after the other, once the open one is read to its end."""
-        for successor in successors:
-            if not successor.file.end and (end := self._published.published_end(successor.file)):
-                successor.file.record_published(end)
         self._pending.extend(successors)
         self._published.add_present(self._listed)
         self._listed = []
-        self._arrivals.created.clear()
         self._watcher.stalled = False
         self._report_ok()
 
@@ -1453,22 +1450,30 @@ class LogFollower:
             if path in own_copies and file.starts_with(self.current.fingerprint):
                 continue
             seen.append(file)
+            self._pass_published(file)
             if compression_of(path):
                 left_bytes -= file.size
             successors.append(Successor(file, "rotated", pending_gap or gap))
             pending_gap = ""
         return successors, pending_gap or last_gap
 
+    def _pass_published(self, file: LogFile) -> None:
+        """Go on behind what this process has published of that file. Raises OSError."""
+        if not file.end and (end := self._published.published_end(file)):
+            file.record_published(end)
+
     async def _find_unseen(self) -> bool:
         """Take in rotated files that were the log before anything of it was read."""
         if self.current.end or self._pending or not self._found:
             return False
         self._arrivals.apply(self._watcher.take_events())
-        if not self._arrivals.created and self._arrivals.reliable and self._watcher.works:
+        paths = self._names_of_copies()
+        if not paths:
             return False
         rotated = self._listed = rotated_files(self.path)
         renamed = any(name.identity == self.current.identity for name in rotated)
-        unseen = [name for name in rotated if name.size and self._is_unseen(name)]
+        unseen = [name for name in rotated if name.path in paths and name.size]
+        unseen = [name for name in unseen if self._is_unseen(name)]
         unseen = [name for name in unseen if name.modified_s >= self._opened_s - PLAIN_SLACK_S]
         if renamed or not unseen:
             return False
@@ -1480,6 +1485,7 @@ class LogFollower:
         own = self.current.duplicate()
         self._reread(chain[0].file)
         self._enqueue([*chain[1:], Successor(own, "truncated", gap)])
+        self._arrivals.forget_candidates()
         return True
 
     def known_gap(self, older: Identity, newer: Identity) -> str:
@@ -1506,6 +1512,7 @@ class LogFollower:
             own = Successor(old.duplicate(), "truncated", gap)
             self._reread(copies[0].file)
             self._enqueue([*copies[1:], own])
+            self._arrivals.forget_candidates()
             return True
 
         change, start = old.change()
@@ -1522,7 +1529,7 @@ class LogFollower:
         lost = change == "replaced" or (shorter and change != "trimmed")
         reason = "truncated" if shorter else "rewritten"
         self._begin_generation(start, reason, self._doubt() if lost else "")
-        self._arrivals.created.clear()
+        self._arrivals.forget_candidates()
         self._report_ok()
         return True
 
@@ -2021,17 +2028,21 @@ class Arrivals:
                 name.removed = name is at_path
         elif not named:  # an older file was compressed
             self.created = [name for name in self.created if name not in packed]
-        elif not named[0].path and named[0] not in self.created:
-            self._rename_to_newest(named[0], path, packed)
+        elif packed:
+            self._rename(named[0], packed[-1])
+        elif named[0] not in self.created:
+            self._rename_to_newest(named[0], path)
 
-    def _rename_to_newest(
-        self, tracked: TrackedName, path: str, packed: list[TrackedName]
-    ) -> None:
+    def _rename_to_newest(self, tracked: TrackedName, path: str) -> None:
         """Follow a file to the name that appeared last, just before it was removed."""
-        newest = packed or self.created[-1:]
-        if newest and (packed or not newest[-1].path.startswith(f"{path}.")):
-            tracked.path = newest[-1].path
-            self.created.remove(newest[-1])
+        newest = self.created[-1:]
+        if newest and not newest[0].path.startswith(f"{path}."):
+            self._rename(tracked, newest[0])
+
+    def _rename(self, tracked: TrackedName, other: TrackedName) -> None:
+        """Take two names for one file: the place of the first, the path of the other."""
+        tracked.path = other.path
+        self.created.remove(other)
 
     def _come(self, event: NameEvent) -> None:
         self._leave(event.path)  # what was there is replaced
@@ -2072,8 +2083,9 @@ class Arrivals:
         for visitor in self._visitors:
             if visitor is self._own:
                 continue  # it came back
-            paths += self._copies_of(visitor)
-            if visitor.path or not visitor.removed or not paths:
+            copies = self._copies_of(visitor)
+            paths += copies
+            if visitor.path or not visitor.removed or not copies:
                 paths.append(visitor.path)
         if self._visitors and paths[-1:] == [self._visitors[-1].path]:
             paths.pop()  # the log itself
@@ -2093,9 +2105,8 @@ class Arrivals:
     def _copies_of(self, visitor: TrackedName) -> list[str]:
         """Return what appeared under rotated names while it was the log, the oldest first."""
         log_name = os.path.basename(self._paths_of_log[0])
-        appeared = [name.path for name in self.created if name.during is visitor]
-        candidates = [path for path in self.candidates() if path in appeared]
-        return [path for path in candidates if is_rotated_name(log_name, path)]
+        appeared = self._appeared_during(visitor)
+        return [path for path in appeared if is_rotated_name(log_name, path)]
 
     def _links_led_to(self, target: str) -> list[str]:
         """Return the files that a link led to in between, named like the one it leads to now."""
@@ -2106,9 +2117,16 @@ class Arrivals:
         return paths
 
     def candidates(self) -> list[str]:
-        """Return files that appeared beside the log, and may be copies of it, the oldest first."""
+        """Return what appeared while the open file was the log, the oldest first: its copies?"""
+        return self._appeared_during(self._own)
+
+    def forget_candidates(self) -> None:
+        self.created = [name for name in self.created if name.during is not self._own]
+
+    def _appeared_during(self, visitor: TrackedName) -> list[str]:
         visited = {name.path for name in self._visitors}
-        paths = dict.fromkeys(name.path for name in self.created if name.path)
+        appeared = [name.path for name in self.created if name.during is visitor]
+        paths = dict.fromkeys(filter(None, appeared))
         return [path for path in paths if path not in visited and is_complete(path)]
 
 
