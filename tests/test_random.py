@@ -162,7 +162,8 @@ class Reading:
         own = self.got(life) + [(0, life.trimmed)]
         while life.parent and life is not self.first:
             shared, life = life.shared(), life.parent
-            own += [(start, min(end, shared)) for start, end in self.got(life) if start < shared]
+            stretches = self.got(life) + [(0, life.trimmed)]
+            own += [(start, min(end, shared)) for start, end in stretches if start < shared]
         return own
 
     def inherited(self, life):
@@ -442,7 +443,7 @@ class Scene:
             content = file.read()
         path.unlink()
         for life in self.lives:
-            if content.startswith(bytes(life.data)):
+            if life.data and content.startswith(life.data):
                 life.gone, life.removed = 0, True
 
     def set_clock_back(self):
