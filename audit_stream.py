@@ -560,7 +560,8 @@ class GenerationNames:
 
     def same_inode(self, file: LogFile) -> list[LogFile]:
         """Return all named generations that are read from the same file."""
-        return [other for other in self._open.values() if other.same_file(file)]
+        others = [other for other in self._open.values() if not other.released]
+        return [other for other in others if other.same_file(file)]
 
     def _may_take(self, file: LogFile, name: str) -> bool:
         """Return True unless another generation owns this name."""
@@ -1494,7 +1495,7 @@ class LogFollower:
         first, second = sequences.get(older, 0), sequences.get(newer, 0)
         if first and second > first + 1:
             return "a file that was the log in between is gone"
-        return ""
+        return self._published.lost.get(newer, "")
 
     # Cuts and rewrites
 
@@ -1522,9 +1523,11 @@ class LogFollower:
         if old.end > start:
             new.lost = "the log was cut or rewritten meanwhile"
         new.record_published(start)
-        if change in ("cut", "edited"):  # what is before it can still be read by those who lag
-            for file in [*self.names.same_inode(old), old]:
+        for file in [*self.names.same_inode(old), old]:  # who lags reads what is left of them
+            if change in ("cut", "edited"):
                 file.record_published(min(start, file.end))
+            else:
+                file.release()
         self.current = new
         lost = change == "replaced" or (shorter and change != "trimmed")
         reason = "truncated" if shorter else "rewritten"
@@ -1689,11 +1692,11 @@ def contradicting(
     ours: RotatedName | None, newer: list[RotatedName], unseen: list[RotatedName]
 ) -> str:
     """Return where names and times of change contradict each other, in words; "" if nowhere."""
-    written_s = ours.modified_s if ours and ours.size else 0.0
+    older = [ours] if ours else []
     for name in newer:
-        if name.size and name.modified_s < written_s - slack_s(name, ours):
+        if name.size and name.modified_s < written_before(name, older) - slack_s(name, ours):
             return f"name and time of change of {os.path.basename(name.path)} contradict each other"
-        written_s = max(written_s, name.modified_s if name.size else 0.0)
+        older.append(name)
 
     for name in unseen:
         if not ours or not name.size or name is ours or name in newer:
@@ -1701,6 +1704,15 @@ def contradicting(
         if name.modified_s > ours.modified_s + slack_s(name, ours):
             return f"{os.path.basename(name.path)} may have been the log in between"
     return ""
+
+
+def written_before(name: RotatedName, older: list[RotatedName]) -> float:
+    """Return when the older files were written last, as far as it tells something of this one.
+
+    A compressed file may bear the time at which it was compressed: long after a newer plain one.
+    """
+    telling = [other for other in older if other.size and (name.compressed or not other.compressed)]
+    return max((other.modified_s for other in telling), default=0.0)
 
 
 def slack_s(name: RotatedName, ours: RotatedName | None) -> float:
@@ -1729,6 +1741,7 @@ class PublishedFiles:
 
     def __init__(self) -> None:
         self.sequences: dict[Identity, int] = {}  # in which order they were the log
+        self.lost: dict[Identity, str] = {}  # why bytes of them are gone, if any are
         # How far each was published, and what tells it from a later file in the same inode.
         self._known: dict[Identity, tuple[Fingerprint, tuple[int, int]]] = {}
         self._held: list[tuple[float, weakref.ref[LogFile]]] = []  # since when
@@ -1736,6 +1749,7 @@ class PublishedFiles:
     def add(self, file: LogFile) -> None:
         """Note a file that is no longer the log, up to where it was published."""
         self.sequences[file.identity] = file.sequence
+        self.lost[file.identity] = file.lost
         self._remember(file)
         self._held.append((time.monotonic(), weakref.ref(file)))
 
@@ -1758,6 +1772,7 @@ class PublishedFiles:
             oldest = next(iter(self._known))
             del self._known[oldest]
             self.sequences.pop(oldest, None)
+            self.lost.pop(oldest, None)
 
     def published_end(self, file: LogFile) -> int:
         """Return how far this file was published; 0 if it never was, or is another one.
@@ -1866,7 +1881,7 @@ class DirectoryWatcher:
         self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC) if self._add else -1
 
         self._folders: dict[int, str] = {}
-        self._files: dict[LogFile, int] = {}
+        self._files: weakref.WeakKeyDictionary[LogFile, int] = weakref.WeakKeyDictionary()
         self._events: list[NameEvent] = []
         self._log_paths: tuple[str, ...] = ()
         self._woken: asyncio.Future[None] | None = None
@@ -2411,7 +2426,7 @@ def follow_up(file: LogFile | None, live: list[LogFile]) -> list[Successor] | No
     if file is None:
         file = live[-1]
         newer = follow_up(file, live) if file.sequence == 1 and len(live) > 1 else None
-        return None if newer is None else [Successor(file, *file.began), *newer]
+        return None if newer is None else [successor_of(file), *newer]
 
     if file not in live:
         return None
@@ -2420,7 +2435,13 @@ def follow_up(file: LogFile | None, live: list[LogFile]) -> list[Successor] | No
     first = sequences[0]
     if later and (not first or sequences != list(range(first, first + len(sequences)))):
         return None
-    return [Successor(other, *other.began) for other in reversed(later[1:])]
+    return [successor_of(other) for other in reversed(later[1:])]
+
+
+def successor_of(file: LogFile) -> Successor:
+    """Return what to tell whoever comes to the beginning of a file that was published."""
+    reason, gap = file.began
+    return Successor(file, reason, gap or file.lost)
 
 
 # ---- 5 Viewers -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from harness import NO_INOTIFY, add, append, lines
+from harness import NO_INOTIFY, add, append, eventually, lines
 
 PROVED = 4096  # the first and the last bytes that were sent, by which a change is found
 CUT = {"truncated", "rewritten"}  # which one it is, depends on when the server looks
@@ -33,6 +33,18 @@ def start(serve, view, log, how="live", first=FIRST, interval=0.3, **options):
 
 def away(server, how):
     return server.looking_away() if how == "away" else contextlib.nullcontext()
+
+
+def test_a_log_that_is_emptied_again_and_again_costs_no_descriptors(serve, view, log):
+    server, viewer = start(serve, view, log)
+    before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+    for number in range(20):
+        os.truncate(log, 0)
+        append(log, f"emptied {number}\n")
+        viewer.wait(f"emptied {number}\n")
+
+    eventually(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 2)
 
 
 def ended(viewer):
