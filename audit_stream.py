@@ -560,8 +560,7 @@ class GenerationNames:
 
     def same_inode(self, file: LogFile) -> list[LogFile]:
         """Return all named generations that are read from the same file."""
-        others = [other for other in self._open.values() if not other.released]
-        return [other for other in others if other.same_file(file)]
+        return [other for other in self._open.values() if other.same_file(file)]
 
     def _may_take(self, file: LogFile, name: str) -> bool:
         """Return True unless another generation owns this name."""
@@ -1523,11 +1522,8 @@ class LogFollower:
         if old.end > start:
             new.lost = "the log was cut or rewritten meanwhile"
         new.record_published(start)
-        for file in [*self.names.same_inode(old), old]:  # who lags reads what is left of them
-            if change in ("cut", "edited"):
-                file.record_published(min(start, file.end))
-            else:
-                file.release()
+        if change in ("cut", "edited"):  # what is before it can still be read by those who lag
+            self._end_at(start)
         self.current = new
         lost = change == "replaced" or (shorter and change != "trimmed")
         reason = "truncated" if shorter else "rewritten"
@@ -1535,6 +1531,13 @@ class LogFollower:
         self._arrivals.forget_candidates()
         self._report_ok()
         return True
+
+    def _end_at(self, end: int) -> None:
+        """Note where our file, and those before it with the same bytes, were cut or edited."""
+        head = self.current.fingerprint.head
+        for file in [*self.names.same_inode(self.current), self.current]:
+            if file is self.current or file.fingerprint.begins_like(head):
+                file.record_published(min(end, file.end))
 
     def _begin_generation(self, start: int, reason: str, gap: str) -> None:
         self._watcher.watch_file(self.current)
