@@ -35,6 +35,7 @@ def away(server, how):
     return server.looking_away() if how == "away" else contextlib.nullcontext()
 
 
+@pytest.mark.slow  # a generation is looked at for half a minute after its end
 def test_a_log_that_is_emptied_again_and_again_costs_no_descriptors(serve, view, log):
     server, viewer = start(serve, view, log)
     before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
@@ -44,7 +45,7 @@ def test_a_log_that_is_emptied_again_and_again_costs_no_descriptors(serve, view,
         append(log, f"emptied {number}\n")
         viewer.wait(f"emptied {number}\n")
 
-    eventually(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 2)
+    eventually(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before + 2, 90)
 
 
 def ended(viewer):

@@ -280,12 +280,17 @@ class Eye:
         if reading:
             places = [(each, parts[-1][1]) for each, parts in reading.parts.items()]
             places = [each for each in places if each[0].number >= reading.current.number - 1]
-            lost = any(each.hidden or each.gone < at for each, at in places)
+            lost = any(self.is_hidden(each) or each.gone < at for each, at in places)
             refused = f"refused: {snapshot['reason']}, {reading}"
             assert snapshot["reason"] in ("ahead", "changed", "gone"), refused
             assert lost or self.scene.doubt, refused
             reading.check(reading.current, self.scene.doubt, refused=True)
         return Reading(self.scene.lives, life, snapshot["start"])
+
+    def is_hidden(self, life):
+        """Is its file, whatever became of it in its place, where only file events lead?"""
+        heirs = [each for each in self.scene.lives if each.parent is life]
+        return life.hidden or any(self.is_hidden(heir) for heir in heirs)
 
 
 class Scene:
