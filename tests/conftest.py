@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from page_actions import Watch, watching
 from several_processes import pytest_runtestloop as pytest_runtestloop
 
 # Firefox does everything with hands; the rest of the page is tried in it by --all.
-IN_BOTH_BROWSERS = ("test_access.py", "test_everyone.py", "test_hands.py")
+IN_BOTH_BROWSERS = ("test_hands.py",)
 WITHOUT_EVENTS = ("test_cuts.py", "test_following.py", "test_order.py")
 
 
@@ -40,7 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     slow = {item.path for item in chosen if item.get_closest_marker("slow")}
     in_browsers = {item.path for item in chosen if "browser" in getattr(item, "fixturenames", ())}
-    chosen.sort(key=lambda item: (item.path not in slow, item.path not in in_browsers))
+    count = Counter(item.path for item in chosen)
+
+    def urgency(item: pytest.Item) -> tuple[bool, bool, int]:
+        return item.path not in slow, item.path not in in_browsers, -count[item.path]
+
+    chosen.sort(key=urgency)
     items[:] = chosen
 
 

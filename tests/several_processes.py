@@ -1,4 +1,4 @@
-"""Several processes share the tests, because a test waits more than it works: one more than cores.
+"""Several processes share the tests, because a test waits more than it works: two for each core.
 
 A unit is a file, or what one browser does in it. Each process takes the next unit that is free; the
 results of the others count as if they were of the first. AUDIT_STREAM_TESTS=1 is one process.
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = "TESTS_SHARED_IN"  # environment variable of the other processes
-PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(4, (os.cpu_count() or 1) + 1))
+PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 2 * (os.cpu_count() or 1)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -797,7 +797,7 @@ def test_nothing_is_lost_nor_repeated_when(story, tmp_path):
     play(0, tmp_path, story)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 4, 7, 8, 12])
+@pytest.mark.parametrize("seed", [4, 7, 8, 12])
 def test_joined_text_is_written_text_or_a_seam_stands_there(seed, tmp_path):
     play(seed, tmp_path)
 
