@@ -46,10 +46,15 @@ class Life:
         self.hidden = False  # its file has a name that counts only with file events
         self.unseen = False  # some of it went while no server ran: nobody can know
         self.removed = False  # somebody deleted its numbered file: the number is missing
+        self.late = False  # it was written after the next one: names and times contradict
         self.copied = False  # before it the same file was copied and cut, and nobody looked
 
     def __repr__(self):
         return f"life {self.number} of {len(self.data)} bytes"
+
+    def odd(self):
+        """Is there something about its file that may be told as a gap?"""
+        return self.hidden or self.late or self.gone < math.inf
 
     def shared(self):
         """How many bytes it has in common with its parent."""
@@ -132,8 +137,7 @@ class Reading:
         """Was it told that lines may be missing there, and is there a reason for it?"""
         for first, last in self.gaps:
             between = self.lives[first : last + 1]
-            reason = doubt or any(each.hidden or each.gone < math.inf for each in between)
-            if first <= life.number <= last and reason:
+            if first <= life.number <= last and (doubt or any(each.odd() for each in between)):
                 return True
         return False
 
@@ -621,6 +625,7 @@ class Scene:
             self.settle()
             line = self.line()
             self.late.data += append(Path(f"{self.log}.1"), line)
+            self.late.late = True
             number = line.partition(b":")[0].decode()
             self.wait(f"{number}:")
 
