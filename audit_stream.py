@@ -2750,7 +2750,8 @@ class Broadcaster:
     def publish(self) -> None:
         """Broadcast what was published since the last call.
 
-        Slow viewers, or all if the batch is large, read it from the file.
+        The position moves with each message: whoever lags leaves with it, and reads on in the file
+        from there. All do if the batch is large.
         """
         self.published.set()
         self.published = asyncio.Event()
@@ -2760,9 +2761,10 @@ class Broadcaster:
         if messages is None:
             for viewer in list(self.live):
                 self._detach(viewer)
-        self.position = end
         for message in messages or ():
             self._send(message.plain, message.json)
+            self.position = message.next_position
+        self.position = end
 
         if time.monotonic() - self._last_send_s > HEARTBEAT_S:
             size = max(self.follower.size, end.offset)
@@ -2829,6 +2831,7 @@ class Broadcaster:
         self._last_send_s = time.monotonic()
 
     def _detach(self, viewer: Connection) -> None:
+        """Let a viewer read on in the file, from the end of what was sent to it."""
         future = self.live[viewer]
         if not future.done():
             viewer.position = self.position

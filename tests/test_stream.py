@@ -343,6 +343,26 @@ def test_a_slow_viewer_gets_every_byte_in_the_end(serve, view, log):
         assert viewer.wait("marker\n").joined() == written + "marker\n"
 
 
+@pytest.mark.parametrize("json", [True, False])
+def test_who_falls_behind_one_small_message_after_the_other_gets_every_byte(json, serve, view, log):
+    append(log, lines(1))
+    server = serve(log, dev=False)
+    quick, slow = view(server, json=True), view(server, json=json, receive_buffer=4096)
+    slow.wait(lines(1)).hold()
+
+    written = lines(1)
+    for start in range(1, 12_000, 200):
+        written += append(log, lines(200, start)).decode()
+        quick.wait(received(len(written.encode())))
+    slow.release()
+    append(log, "marker\n")
+
+    for viewer in (quick, slow):
+        viewer.wait("marker\n", 30)
+        joined = viewer.joined() if viewer.json else viewer.text
+        assert joined == written + "marker\n"
+
+
 def test_what_a_viewer_sends_is_ignored(serve, view, log):
     append(log, lines(1))
     viewer = view(serve(log)).wait(lines(1))
