@@ -7,7 +7,7 @@
 
 Map     log file --check()--> segments --next_message_at()--> viewer         sections 1 to 5
         request --respond()--> authorize() --> page, history, proof          sections 6 to 9
-        main() --> run() --> follow() for all viewers                        sections 10 and 11
+        main() --> run() --> follow(), once; handle_viewer(), for each       sections 10 and 11
 
 Idea    The file is the queue. A viewer is a Position in it. The first screen, catching up, resuming
         and passing through a rotation are the same step: read the next message from a position.
@@ -20,15 +20,16 @@ Invariants
   3  What this process has published is never published again, whatever it is called by now. Where
      nobody can know what lay between two files, the link between them says so (a gap).
   4  A live viewer has no position of its own (None): all of them are at Broadcaster.position.
+     It has none either before its first message, and after it left.
   5  A cursor covers only bytes that were sent. It proves itself by the 4 KiB before it.
-  6  One event loop. What runs in a thread gets arguments and returns values; it touches nothing
-     else.
+  6  One event loop. What runs in a thread gets arguments and returns values. It touches nothing
+     else, apart from a Checker, which one thread has at a time.
 
 Glossary
   generation  one life of the log; a rename, truncation or rewrite begins the next one
   segment     a range of one generation, in the order in which it was published
   draining    a rotated file is still read: for 30 seconds, and as long as it grows
-  cursor      text form of a position: OFFSET.HINTPROOF for each file still read, joined by ~
+  cursor      text form of a position: OFFSET.HINTHEADPROOF for each file still read, joined by ~
   hole        a range without data: sparse, or zero bytes that a writer reserved or a crash left
   gap         a place where lines may be missing, and the reason in words
 """
@@ -131,9 +132,15 @@ counters: collections.Counter[str] = collections.Counter()  # what /metrics says
 
 # ---- 1 Log files ---------------------------------------------------------------------------------
 # Reads one file as bytes, remembers what was published of it, and lists the rotated ones beside it.
-# Owns a descriptor each: no other section sees one.
+# Owns a descriptor each: who opens one gives it to a LogFile at once.
+
+OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+FS_IOC_GETVERSION = 0x80087601  # ioctl_iflags(2)
+secret_files: set[Identity] = set()  # of this program; filled at the start and at each reload
 
 FINGERPRINT_BYTES = 4 * KIB
+LIFE_BYTES = 64  # of a file tell it from the file before it
+MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
 # So many zero bytes are no log: a crash leaves some where a line would begin.
 RESERVED = re.compile(rb"(?:\A|\n)\0{16}|\0{1024}")
 SCAN_BYTES = 256 * KIB  # of one read while looking for the end of a hole
@@ -465,24 +472,17 @@ class LogFile:
 
     def may_become(self, part: str) -> bool:
         """Return True if this file, once it is longer, may be the one of the cursor."""
-        offset, _, proof = part.partition(".")
+        offset, _, code = part.partition(".")
         length = min(int(offset), LIFE_BYTES)
         head = self.read_bytes(0, length)
-        return len(head) < length or short_hash(head)[:4] == proof[4:8]
+        return len(head) < length or short_hash(head)[:4] == code[4:8]
 
     def validates(self, part: str) -> bool:
         """Return True if the bytes are those of the cursor, whichever inode they are in."""
-        offset, _, proof = part.partition(".")
+        offset, _, code = part.partition(".")
         if int(offset) > self.size:
             return False
-        return self.cursor_part(int(offset), proof[:4]) == part
-
-
-FS_IOC_GETVERSION = 0x80087601
-secret_files: set[Identity] = set()  # of this program; filled at the start and at each reload
-LIFE_BYTES = 64  # of a file tell it from the file before it
-MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
-OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        return self.cursor_part(int(offset), hint=code[:4]) == part
 
 
 class LogFileReader(io.RawIOBase):
@@ -771,7 +771,7 @@ async def run_in_thread(work: Callable[..., T], *arguments: Any) -> T:
 
 # ---- 2 The stream --------------------------------------------------------------------------------
 # Tells what comes next from any position, and what that looks like on the wire. Owns the linked
-# list of segments; only link_to() and Resumer change it.
+# list of segments: link_to() alone adds to it, and Resumer puts others before it.
 #
 #   [ app.log, 0 to 900 ] --rotated--> [ new app.log, 0 to 400 ] --> [ old file, 900 to 950 ] --+
 #                                            late lines of the old file: a link without an event |
@@ -816,7 +816,11 @@ class Segment:
 
 
 class Link(NamedTuple):
-    """The way to the next segment. An event is the reason why another generation begins there."""
+    """The way to the next segment. An event is the reason why another generation begins there.
+
+    Gaps are found by _files_between and _open_successors (events), successors_of (names and times),
+    _doubt (a cut), known_gap (what this process remembers), and for a cursor by Resumer.
+    """
 
     segment: Segment
     offset: int
@@ -905,6 +909,7 @@ def last_file(segment: Segment) -> LogFile:
 
 
 def following_generation(segment: Segment) -> Message | None:
+    """Return the beginning of the next generation; None at the end of the stream."""
     if segment.next is None:
         return None
     following, offset, event, gap = segment.next
@@ -914,6 +919,7 @@ def following_generation(segment: Segment) -> Message | None:
 
 
 def hole_message(segment: Segment, offset: int, readable: bool) -> Message:
+    """Return the way over a hole, or over all that can no longer be read of a segment."""
     end = segment.end
     if readable:
         end = min(end, segment.file.next_data(offset) or end)
@@ -1046,9 +1052,9 @@ async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
     while True:
         begun_s = time.monotonic()
         while await follower.check():
-            broadcaster.publish()
+            broadcaster.broadcast_news()
             await asyncio.sleep(0)
-        broadcaster.publish()
+        broadcaster.broadcast_news()
         sd_notify("WATCHDOG=1")  # after a completed check only
 
         await asyncio.sleep(COALESCE_S)
@@ -1175,7 +1181,9 @@ class LogFollower:
     async def check(self) -> bool:
         """Read at most a message of what is new, or see what else happened.
 
-        Return True if there may be more.
+        In this order: what was rotated before anything of the log was read, new bytes, late lines
+        of rotated files, and whether the log is still the same file. Return True if there may be
+        more.
         """
         async with self._check_lock:
             try:
@@ -1463,7 +1471,7 @@ class LogFollower:
             file.record_published(end)
 
     async def _find_unseen(self) -> bool:
-        """Take in rotated files that were the log before anything of it was read."""
+        """Read first what was rotated away while nothing of the log was read yet."""
         if self.current.end or self._pending or not self._found:
             return False
         self._arrivals.apply(self._watcher.take_events())
@@ -2242,7 +2250,11 @@ class Resumer:
     # Finding the files
 
     async def _find_chain(self, parts: list[str], patient: bool) -> Chain:
-        """Raises FolderChanged if it is worth while to look again."""
+        """Return who proves the parts, and what was the log after the newest of them.
+
+        The open files answer first, then those beside the log. Raises FolderChanged if it is worth
+        while to look again.
+        """
         live = [self.follower.current, *reversed(self.follower.draining)]
         owners = match_parts(parts, live)
         proven = all(part in owners and is_right(owners[part], part) for part in parts)
@@ -2250,6 +2262,7 @@ class Resumer:
         if newer is not None:
             return Chain(owners, newer, self.follower.current.began[1])
 
+        # Not all of them are open: look beside the log.
         names = rotated_files(self.follower.path)
         found = await self._open_owners(parts, names, live, patient)
         more = [file for file in found.values() if file not in live]
@@ -2263,6 +2276,8 @@ class Resumer:
         newer = follow_up(newest, live)
         if newer is not None:
             return Chain(owners, newer, self.follower.current.began[1])
+
+        # What came after the newest owner is not all open: its name tells.
         own_path = next((path for path, file in found.items() if file is newest), "")
         ours = next((name for name in names if name.path == own_path), None)
         if newest and not ours:
@@ -2449,7 +2464,7 @@ def successor_of(file: LogFile) -> Successor:
 
 # ---- 5 Viewers -----------------------------------------------------------------------------------
 # Who is connected, in which phase, and how much each client may make the server hold: a number and
-# a budget of bytes for every phase. Owns open, awaiting_request, answered and viewers.
+# a budget of bytes for every phase. Owns the sets open, awaiting_request and answered.
 
 REQUEST_S = 10.0  # for a request to be complete, and for every ENOUGH_BYTES of its answer
 STALLED_S = 60.0  # without any progress until a viewer is given up
@@ -2461,7 +2476,7 @@ REFILL_BYTES_S = 4 * KIB  # so fast these budgets fill up again
 MESSAGE_BYTES = 256  # what a message costs of this budget besides
 ANSWERS_BYTES = 64 * MIB  # in all answers that are under way
 SMALL_BYTES = 16 * KIB  # an answer of this size is never refused
-UNSENT_BYTES = 64 * KIB  # in the kernel for one client
+KERNEL_BYTES = 64 * KIB  # in the kernel for one client
 
 
 class Connections:
@@ -2573,7 +2588,7 @@ class Connection(ServerConnection):
         # stays in the write buffer, where it can be seen. macOS has no such option.
         with contextlib.suppress(OSError, AttributeError):
             option = socket.TCP_NOTSENT_LOWAT
-            self.socket.setsockopt(socket.IPPROTO_TCP, option, UNSENT_BYTES)
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, KERNEL_BYTES)
 
         if self.connections.tls is None:
             return super().connection_made(transport)
@@ -2724,7 +2739,7 @@ class TLSProtocol(asyncio.sslproto.SSLProtocol):
 # -- the broadcast --
 
 MAX_BROADCAST = 64 * KIB  # larger batches are not broadcast: each viewer reads them from the file
-MAX_UNSENT = 64 * KIB  # a viewer with more unsent bytes than this leaves the broadcast
+MAX_LAG_BYTES = 64 * KIB  # a viewer with more unsent bytes than this leaves the broadcast
 HEARTBEAT_S = 10.0  # without a message until `checked` is sent
 MAX_CACHED = 16  # messages, read and written out once for all who catch up at the same time
 
@@ -2740,21 +2755,21 @@ class Broadcaster:
         self.resumer = Resumer(follower)
         self.position = Position(follower.tail, follower.tail.end)
         self.live: dict[Connection, asyncio.Future[None]] = {}
-        self.published = asyncio.Event()  # set, and replaced, after each check of the follower
+        self.checked = asyncio.Event()  # set, and replaced, after each check of the follower
         self._cache: dict[Position, Message] = {}
         self._last_send_s = time.monotonic()
         self._proof = b""  # what all viewers were told last about the log's integrity
 
     # For all viewers
 
-    def publish(self) -> None:
+    def broadcast_news(self) -> None:
         """Broadcast what was published since the last call.
 
         The position moves with each message: whoever lags leaves with it, and reads on in the file
         from there. All do if the batch is large.
         """
-        self.published.set()
-        self.published = asyncio.Event()
+        self.checked.set()
+        self.checked = asyncio.Event()
         self._broadcast_state()
         end = Position(self.follower.tail, self.follower.tail.end)
         messages = self._pending_messages(end) if end != self.position else []
@@ -2779,7 +2794,7 @@ class Broadcaster:
             return []
         position, size, messages = self.position, 0, list[Message]()
         try:
-            while size <= MAX_BROADCAST and (message := self._next_message(position)):
+            while size <= MAX_BROADCAST and (message := self._read_message(position)):
                 messages.append(message)
                 position, size = message.next_position, size + len(message.data)
         except OSError:
@@ -2788,7 +2803,7 @@ class Broadcaster:
             return None
         return messages
 
-    def _next_message(self, position: Position) -> Message | None:
+    def _read_message(self, position: Position) -> Message | None:
         """Return the next message, with the name of its generation. Raises OSError."""
         message = next_message_at(position, self.connections.unsent_bytes)
         if message:
@@ -2817,7 +2832,7 @@ class Broadcaster:
         frames = text_frame(plain) if plain else b"", text_frame(as_json)
         receivers = 0
 
-        most_unsent = min(MAX_UNSENT, self.connections.unsent_bytes)
+        most_unsent = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
         for viewer, future in list(self.live.items()):
             if future.done():
                 continue
@@ -2839,7 +2854,7 @@ class Broadcaster:
 
     # For one viewer
 
-    async def first_message(
+    async def serve_first(
         self, viewer: Connection, initial_bytes: int, since: str | None
     ) -> bytes:
         """Find the viewer's position, and return its first message. Raises OSError."""
@@ -2872,7 +2887,7 @@ class Broadcaster:
         text = file.read_data(start, end).decode(errors="replace")
         return Position(follower.tail, end), start, text
 
-    async def next_message(self, viewer: Connection) -> bytes:
+    async def serve_next(self, viewer: Connection) -> bytes:
         """Wait for what comes next for one viewer; b"" if its protocol has no such message.
 
         Raises OSError.
@@ -2886,7 +2901,7 @@ class Broadcaster:
         if viewer.position is None:
             return b""  # removed meanwhile
 
-        message = self._cache.get(viewer.position) or self._next_message(viewer.position)
+        message = self._cache.get(viewer.position) or self._read_message(viewer.position)
         if message is None:
             await self._wait_live(viewer)
             return b""
@@ -2900,7 +2915,7 @@ class Broadcaster:
     async def _wait_live(self, viewer: Connection) -> None:
         """Wait as a live viewer; return when this viewer has to read the file itself."""
         if viewer.position and normalize(viewer.position) != self.position:
-            await self.published.wait()  # the follower has yet to say what happened
+            await self.checked.wait()  # the follower has yet to say what happened
             return
         self.live[viewer] = asyncio.get_running_loop().create_future()
         viewer.position = None  # a position of its own would keep rotated files open
@@ -2911,7 +2926,7 @@ class Broadcaster:
 
     async def tell_trouble(self, viewer: Connection) -> None:
         """Tell a viewer the state, if it is news, and wait for the next check."""
-        checked = self.published
+        checked = self.checked
         if viewer.speaks_json and viewer.state_sent != self.follower.state:
             viewer.state_sent = self.follower.state
             await viewer.send(state_message(viewer.state_sent), text=True)
@@ -2951,10 +2966,10 @@ async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connec
         while True:
             try:
                 if first:
-                    message = await broadcaster.first_message(viewer, initial_bytes, since)
+                    message = await broadcaster.serve_first(viewer, initial_bytes, since)
                     await viewer.send(message, text=True)
                     first = False
-                elif message := await broadcaster.next_message(viewer):
+                elif message := await broadcaster.serve_next(viewer):
                     await viewer.send(message, text=True)
             except OSError:  # the log cannot be read: tell the state, and try again
                 await broadcaster.tell_trouble(viewer)
