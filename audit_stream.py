@@ -3220,10 +3220,11 @@ document.forms[0].onsubmit = async function (event) {
   try {
     const byAddress = 'address' in this.dataset
     let reply = await (byAddress ? fetch(address) : fetch('./', { headers: headers }))
-    if (reply.status === 401 && !/^Bearer/.test(reply.headers.get('WWW-Authenticate')))
-      reply = await fetch(address)
+    const isOurs = () => /^Bearer/.test(reply.headers.get('WWW-Authenticate'))
+    if (reply.status === 401 && !isOurs()) reply = await fetch(address)
+    const status = isOurs() ? 401 : reply.status
     if (reply.ok) location.replace('./' + location.hash)
-    else said.textContent = ANSWERS[reply.status] || 'The server answers ' + reply.status + '.'
+    else said.textContent = ANSWERS[status] || 'The server answers ' + status + '.'
   } catch (error) {
     said.textContent = 'The server does not answer.'
   }
@@ -3383,7 +3384,8 @@ class AccessControl:
         if offered:
             self.guesses.acquire(context.client)
             record_access("refused", **context.who)
-        error = HTTPError(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+        sentence = "the access token is missing or wrong"
+        error = HTTPError(refusal_status(context), sentence, WWW_Authenticate="Bearer")
         if context.path == "/":
             error.page = login_page(context)
         raise error
@@ -3487,6 +3489,14 @@ def offered_tokens(context: RequestContext) -> list[tuple[str, bytes]]:
             tokens = [token.encode("latin-1") for token in fields.get("token", [])]
             offered += [("address", token) for token in tokens]
     return offered
+
+
+def refusal_status(context: RequestContext) -> int:
+    """Return 401, or 403 to a browser that holds the password of a proxy: at a 401, Chromium takes
+    that password for the wrong one, forgets it and asks for it in a dialog."""
+    scheme = context.request.headers.get("Authorization", "").partition(" ")[0]
+    from_browser = joined(context.request, "User-Agent").startswith("Mozilla/")
+    return 403 if from_browser and scheme.lower() == "basic" else 401
 
 
 def login_page(context: RequestContext) -> bytes:

@@ -69,6 +69,7 @@ VALUES = {
     "Host": ["127.0.0.1", "localhost:80", "evil.example", "[::1]", "", "a b"],
     "Origin": ["http://127.0.0.1", "null", "http://evil.example"],
     "Authorization": [RIGHT, "Bearer x", "Basic eA=="],
+    "User-Agent": ["Mozilla/5.0 (X11)", "curl/8", ""],
     "Cookie": ["a=b", "; ; =", "audit_stream_80=x"],
     "Range": [
         "bytes=0-9",
