@@ -5256,6 +5256,7 @@ class Proof:
             await run_in_thread(checker.read_from_start, taken, asyncio.get_running_loop())
         except OSError:
             checker.suspect = None
+        await asyncio.sleep(0)  # Python 3.14 may come here before what the thread has scheduled
         left = [wanted for wanted in taken if not wanted.future.done()]
 
         if checker.suspect is not None:

@@ -122,7 +122,7 @@ def test_half_hellos_cost_little_and_the_oldest_go(serve, log, crowd, certificat
 
     crowd(server).send(5000, b"\x16\x03\x01\x02\x00")
 
-    check_it_lives(server, 300 * MIB, context)
+    check_it_lives(server, 400 * MIB, context)
     assert server.sockets() < 4200
     server.host = "127.0.0.1"
 
