@@ -741,6 +741,16 @@ def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFil
         return LogFile(os.dup(copy.fileno()))
 
 
+def left_after(left_bytes: int, path: str, opened: LogFile | OSError) -> int:
+    """Return how much may be unpacked on the same occasion after this file was opened, or was not.
+
+    One that is too large takes half of it: so much work it was to find that out.
+    """
+    if isinstance(opened, OSError):
+        return left_bytes // 2 if opened.errno == errno.EFBIG else left_bytes
+    return left_bytes - opened.size if compression_of(path) else left_bytes
+
+
 def first_bytes(path: str, count: int) -> bytes:
     """Return the beginning of a rotated file, compressed or not. Raises OSError."""
     file = open_log_file(path)
@@ -1132,13 +1142,17 @@ class LogFollower:
 
     def _end_of_newest(self, rotated: list[RotatedName]) -> str:
         """Return the cursor for the end of the newest rotated file that is not empty."""
+        left_bytes = MAX_DECOMPRESSED
         for name in rotated:
-            with contextlib.suppress(OSError):
+            try:
                 file = next((f for f in self.draining if f.identity == name.identity), None)
                 if file is None:
-                    file = open_rotated(name.path, MAX_DECOMPRESSED, threading.Event())
+                    file = open_rotated(name.path, left_bytes, threading.Event())
+                    left_bytes = left_after(left_bytes, name.path, file)
                 if end := file.data_end():
                     return file.cursor_part(end)
+            except OSError as error:
+                left_bytes = left_after(left_bytes, name.path, error)
         return EMPTY_CURSOR
 
     def _segment(self, file: LogFile) -> Segment:
@@ -1442,6 +1456,7 @@ class LogFollower:
                     raise OSError(errno.ENOENT, "is gone")
                 file = await run_in_thread(open_rotated, path, left_bytes)
             except OSError as error:
+                left_bytes = left_after(left_bytes, path, error)
                 if path and self._in_grace_period():
                     raise  # it may pass: look again
                 name = os.path.basename(path) or "a file that was the log for a while"
@@ -1453,8 +1468,7 @@ class LogFollower:
             if path in own_copies and file.starts_with(self.current.fingerprint):
                 continue
             seen.append(file)
-            if compression_of(path):
-                left_bytes -= file.size
+            left_bytes = left_after(left_bytes, path, file)
             successors.append(Successor(file, "rotated", pending_gap or gap))
             pending_gap = ""
         return successors, pending_gap or last_gap
@@ -2270,10 +2284,14 @@ class Resumer:
             owners = match_parts(parts, [*live, *found.values()])
             if len(owners) == len(parts):
                 break
-            if name.compressed:
-                with contextlib.suppress(OSError):
-                    found[name.path] = await self._decompress_once(name, left_bytes)
-                    left_bytes -= found[name.path].size
+            if not name.compressed:
+                continue
+            try:
+                file = await self._decompress_once(name, left_bytes)
+                found[name.path] = file
+                left_bytes = left_after(left_bytes, name.path, file)
+            except OSError as error:
+                left_bytes = left_after(left_bytes, name.path, error)
         return found
 
     def _open_plain(self, name: RotatedName, live: list[LogFile], patient: bool) -> LogFile:
@@ -2322,11 +2340,12 @@ class Resumer:
                     raise FolderChanged if patient else OSError(errno.ENOENT, "is gone")
                 if path not in found:
                     found[path] = await self._open_named(names[path], left_bytes)
-                    left_bytes -= found[path].size if names[path].compressed else 0
+                    left_bytes = left_after(left_bytes, path, found[path])
                 gap = pending_gap or gap or self.follower.known_gap(before, names[path].identity)
                 newer.append(Successor(found[path], "rotated", gap))
                 before, pending_gap = names[path].identity, ""
             except OSError as error:
+                left_bytes = left_after(left_bytes, path, error)
                 pending_gap = f"{os.path.basename(path)} {problem_of(error)}"
         known_gap = self.follower.known_gap(before, self.follower.current.identity)
         return Chain(owners, newer, pending_gap or last_gap or known_gap)
