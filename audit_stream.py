@@ -2157,6 +2157,7 @@ def shape_of(path: str) -> str:
 # came after them to the stream. Owns the compressed files that were unpacked for it.
 
 MAX_TRIES = 20  # while the folder changes at every moment
+KEEP_S = 60.0  # what was unpacked, and what could not be: forged cursors cost no more than one
 
 
 class Chain(NamedTuple):
@@ -2171,14 +2172,19 @@ class FolderChanged(Exception):
     """Files were renamed while they were looked for."""
 
 
+CompressedFile = tuple[int, int, float]  # device, inode and time of change
+
+
 class Resumer:
     """The way back into the stream from a cursor."""
 
     def __init__(self, follower: LogFollower) -> None:
         self.follower = follower
         self._lock = asyncio.Lock()
-        self._decompressed: weakref.WeakValueDictionary[tuple[Any, ...], LogFile]
+        self._decompressed: weakref.WeakValueDictionary[CompressedFile, LogFile]
         self._decompressed = weakref.WeakValueDictionary()
+        self._kept: dict[CompressedFile, LogFile] = {}  # some of them, at most 1 GiB
+        self._refused: dict[CompressedFile, tuple[float, int, str]] = {}  # bytes tried, and why
 
     async def resume(self, cursor: str) -> Position | str:
         """Return the position of a cursor, or the reason why there is none. Raises OSError."""
@@ -2312,11 +2318,33 @@ class Resumer:
             key = (*name.identity, name.modified_s)
             file = self._decompressed.get(key)
             if file is None:
-                file = await run_in_thread(decompress, name.path, most_bytes)
+                file = await self._decompress(name.path, key, most_bytes)
                 self._decompressed[key] = file
         for twin in self.follower.draining:
             if twin.size == file.size and file.starts_with(twin.fingerprint):
                 return twin
+        return file
+
+    async def _decompress(self, path: str, key: CompressedFile, most_bytes: int) -> LogFile:
+        """Unpack a file, and remember for a while what came of it. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        tried_bytes, *reason = self._refused.get(key, (-1, 0, ""))
+        if most_bytes <= tried_bytes:
+            raise OSError(*reason, path)
+
+        try:
+            file = await run_in_thread(decompress, path, most_bytes)
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.EINVAL):  # too large, or damaged
+                tried_bytes = most_bytes if error.errno == errno.EFBIG else math.inf
+                self._refused[key] = tried_bytes, error.errno, error.strerror or ""
+                loop.call_later(KEEP_S, self._refused.pop, key, None)
+            raise
+
+        kept_bytes = sum(other.size for other in self._kept.values())
+        if kept_bytes + file.size <= MAX_DECOMPRESSED:
+            self._kept[key] = file
+            loop.call_later(KEEP_S, self._kept.pop, key, None)
         return file
 
     async def _open_newer(

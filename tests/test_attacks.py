@@ -412,6 +412,22 @@ def test_packed_bombs_beside_the_log_are_bounded_work(serve, log, tmp_path):
     assert at_the_start < 300 * MIB and written(server) - at_the_start < 300 * MIB
 
 
+def test_forged_cursors_unpack_what_lies_beside_the_log_once(serve, log):
+    packed = gzip.compress(lines(10_000).encode(), 1) * 20
+    for number in range(1, 4):
+        Path(f"{log}.{number}.gz").write_bytes(packed)
+    damaged = Path(f"{log}.4.gz")
+    damaged.write_bytes(packed[:-1])
+    append(log, lines(10))
+    server = serve(log, dev=False)
+
+    for digit in range(10):
+        with server.upgrade(JSON.strip(), query=f"?since=1000.{digit}{'a' * 23}") as viewer:
+            assert b'"resumed": false' in viewer.recv(65536)
+
+    assert written(server) < 5 * len(lines(10_000).encode()) * 20
+
+
 def written(server):
     """Return the bytes that a process has written so far."""
     return int(Path(f"/proc/{server.process.pid}/io").read_text().split()[3])
