@@ -741,6 +741,16 @@ def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFil
         return LogFile(os.dup(copy.fileno()))
 
 
+def left_after(left_bytes: int, path: str, opened: LogFile | OSError) -> int:
+    """Return how much may be unpacked on the same occasion after this file was opened, or was not.
+
+    One that is too large takes half of it: so much work it was to find that out.
+    """
+    if isinstance(opened, OSError):
+        return left_bytes // 2 if opened.errno == errno.EFBIG else left_bytes
+    return left_bytes - opened.size if compression_of(path) else left_bytes
+
+
 def first_bytes(path: str, count: int) -> bytes:
     """Return the beginning of a rotated file, compressed or not. Raises OSError."""
     file = open_log_file(path)
@@ -1138,13 +1148,17 @@ class LogFollower:
 
     def _end_of_newest(self, rotated: list[RotatedName]) -> str:
         """Return the cursor for the end of the newest rotated file that is not empty."""
+        left_bytes = MAX_DECOMPRESSED
         for name in rotated:
-            with contextlib.suppress(OSError):
+            try:
                 file = next((f for f in self.draining if f.identity == name.identity), None)
                 if file is None:
-                    file = open_rotated(name.path, MAX_DECOMPRESSED, threading.Event())
+                    file = open_rotated(name.path, left_bytes, threading.Event())
+                    left_bytes = left_after(left_bytes, name.path, file)
                 if end := file.data_end():
                     return file.cursor_part(end)
+            except OSError as error:
+                left_bytes = left_after(left_bytes, name.path, error)
         return EMPTY_CURSOR
 
     def _segment(self, file: LogFile) -> Segment:
@@ -1447,6 +1461,7 @@ class LogFollower:
                     raise OSError(errno.ENOENT, "is gone")
                 file = await run_in_thread(open_rotated, path, left_bytes)
             except OSError as error:
+                left_bytes = left_after(left_bytes, path, error)
                 if path and self._in_grace_period():
                     raise  # it may pass: look again
                 name = os.path.basename(path) or "a file that was the log for a while"
@@ -1459,8 +1474,7 @@ class LogFollower:
                 continue
             seen.append(file)
             self._pass_published(file)
-            if compression_of(path):
-                left_bytes -= file.size
+            left_bytes = left_after(left_bytes, path, file)
             successors.append(Successor(file, "rotated", pending_gap or gap))
             pending_gap = ""
         return successors, pending_gap or last_gap
@@ -2187,6 +2201,7 @@ def shape_of(path: str) -> str:
 # came after them to the stream. Owns the compressed files that were unpacked for it.
 
 MAX_TRIES = 20  # while the folder changes at every moment
+KEEP_S = 60.0  # what was unpacked, and what could not be: forged cursors cost no more than one
 
 
 class Chain(NamedTuple):
@@ -2201,14 +2216,19 @@ class FolderChanged(Exception):
     """Files were renamed while they were looked for."""
 
 
+CompressedFile = tuple[int, int, float]  # device, inode and time of change
+
+
 class Resumer:
     """The way back into the stream from a cursor."""
 
     def __init__(self, follower: LogFollower) -> None:
         self.follower = follower
         self._lock = asyncio.Lock()
-        self._decompressed: weakref.WeakValueDictionary[tuple[Any, ...], LogFile]
+        self._decompressed: weakref.WeakValueDictionary[CompressedFile, LogFile]
         self._decompressed = weakref.WeakValueDictionary()
+        self._kept: dict[CompressedFile, LogFile] = {}  # some of them, at most 1 GiB
+        self._refused: dict[CompressedFile, tuple[float, int, str]] = {}  # bytes tried, and why
 
     async def resume(self, cursor: str) -> Position | str:
         """Return the position of a cursor, or the reason why there is none. Raises OSError."""
@@ -2321,10 +2341,14 @@ class Resumer:
             owners = match_parts(parts, [*live, *found.values()])
             if len(owners) == len(parts):
                 break
-            if name.compressed:
-                with contextlib.suppress(OSError):
-                    found[name.path] = await self._decompress_once(name, left_bytes)
-                    left_bytes -= found[name.path].size
+            if not name.compressed:
+                continue
+            try:
+                file = await self._decompress_once(name, left_bytes)
+                found[name.path] = file
+                left_bytes = left_after(left_bytes, name.path, file)
+            except OSError as error:
+                left_bytes = left_after(left_bytes, name.path, error)
         return found
 
     def _open_plain(self, name: RotatedName, live: list[LogFile], patient: bool) -> LogFile:
@@ -2345,11 +2369,33 @@ class Resumer:
             key = (*name.identity, name.modified_s)
             file = self._decompressed.get(key)
             if file is None:
-                file = await run_in_thread(decompress, name.path, most_bytes)
+                file = await self._decompress(name.path, key, most_bytes)
                 self._decompressed[key] = file
         for twin in self.follower.draining:
             if twin.size == file.size and file.starts_with(twin.fingerprint):
                 return twin
+        return file
+
+    async def _decompress(self, path: str, key: CompressedFile, most_bytes: int) -> LogFile:
+        """Unpack a file, and remember for a while what came of it. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        tried_bytes, *reason = self._refused.get(key, (-1, 0, ""))
+        if most_bytes <= tried_bytes:
+            raise OSError(*reason, path)
+
+        try:
+            file = await run_in_thread(decompress, path, most_bytes)
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.EINVAL):  # too large, or damaged
+                tried_bytes = most_bytes if error.errno == errno.EFBIG else math.inf
+                self._refused[key] = tried_bytes, error.errno, error.strerror or ""
+                loop.call_later(KEEP_S, self._refused.pop, key, None)
+            raise
+
+        kept_bytes = sum(other.size for other in self._kept.values())
+        if kept_bytes + file.size <= MAX_DECOMPRESSED:
+            self._kept[key] = file
+            loop.call_later(KEEP_S, self._kept.pop, key, None)
         return file
 
     async def _open_newer(
@@ -2373,11 +2419,12 @@ class Resumer:
                     raise FolderChanged if patient else OSError(errno.ENOENT, "is gone")
                 if path not in found:
                     found[path] = await self._open_named(names[path], left_bytes)
-                    left_bytes -= found[path].size if names[path].compressed else 0
+                    left_bytes = left_after(left_bytes, path, found[path])
                 gap = pending_gap or gap or self.follower.known_gap(before, names[path].identity)
                 newer.append(Successor(found[path], "rotated", gap))
                 before, pending_gap = names[path].identity, ""
             except OSError as error:
+                left_bytes = left_after(left_bytes, path, error)
                 pending_gap = f"{os.path.basename(path)} {problem_of(error)}"
         known_gap = self.follower.known_gap(before, self.follower.current.identity)
         return Chain(owners, newer, pending_gap or last_gap or known_gap)
@@ -3280,10 +3327,11 @@ document.forms[0].onsubmit = async function (event) {
   try {
     const byAddress = 'address' in this.dataset
     let reply = await (byAddress ? fetch(address) : fetch('./', { headers: headers }))
-    if (reply.status === 401 && !/^Bearer/.test(reply.headers.get('WWW-Authenticate')))
-      reply = await fetch(address)
+    const isOurs = () => /^Bearer/.test(reply.headers.get('WWW-Authenticate'))
+    if (reply.status === 401 && !isOurs()) reply = await fetch(address)
+    const status = isOurs() ? 401 : reply.status
     if (reply.ok) location.replace('./' + location.hash)
-    else said.textContent = ANSWERS[reply.status] || 'The server answers ' + reply.status + '.'
+    else said.textContent = ANSWERS[status] || 'The server answers ' + status + '.'
   } catch (error) {
     said.textContent = 'The server does not answer.'
   }
@@ -3443,7 +3491,8 @@ class AccessControl:
         if offered:
             self.guesses.acquire(context.client)
             record_access("refused", **context.who)
-        error = HTTPError(401, "the access token is missing or wrong", WWW_Authenticate="Bearer")
+        sentence = "the access token is missing or wrong"
+        error = HTTPError(refusal_status(context), sentence, WWW_Authenticate="Bearer")
         if context.path == "/":
             error.page = login_page(context)
         raise error
@@ -3547,6 +3596,14 @@ def offered_tokens(context: RequestContext) -> list[tuple[str, bytes]]:
             tokens = [token.encode("latin-1") for token in fields.get("token", [])]
             offered += [("address", token) for token in tokens]
     return offered
+
+
+def refusal_status(context: RequestContext) -> int:
+    """Return 401, or 403 to a browser that holds the password of a proxy: at a 401, Chromium takes
+    that password for the wrong one, forgets it and asks for it in a dialog."""
+    scheme = context.request.headers.get("Authorization", "").partition(" ")[0]
+    from_browser = joined(context.request, "User-Agent").startswith("Mozilla/")
+    return 403 if from_browser and scheme.lower() == "basic" else 401
 
 
 def login_page(context: RequestContext) -> bytes:
@@ -5306,6 +5363,7 @@ class Proof:
             await run_in_thread(checker.read_from_start, taken, asyncio.get_running_loop())
         except OSError:
             checker.suspect = None
+        await asyncio.sleep(0)  # Python 3.14 may come here before what the thread has scheduled
         left = [wanted for wanted in taken if not wanted.future.done()]
 
         if checker.suspect is not None:

@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("harness", "page_actions")  # before they are imp
 from browsers import BROWSERS, Browser, Page, unavailable
 from harness import FIRST, TOKEN, Server, Viewer, append
 from page_actions import Watch, watching
+from proxies import BELOW, nginx_before
 from several_processes import pytest_runtestloop as pytest_runtestloop
 
 # Firefox does everything with hands; the rest of the page is tried in it by --all.
@@ -130,6 +131,17 @@ def locked(serve: Callable[..., Server], log: Path, secret: Path) -> Server:
 def unlocked(serve: Callable[..., Server], log: Path) -> Server:
     append(log, FIRST)
     return serve(log)
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Puts NGINX in front of servers; the first of them, as one reaches it through that."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*servers: Server, **options: Any) -> Server:
+            return stack.enter_context(nginx_before(tmp_path, {BELOW: [*servers]}, **options))(BELOW)
+
+        yield start
 
 
 @pytest.fixture(scope="module", params=["chromium", "firefox"])

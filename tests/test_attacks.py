@@ -1,6 +1,7 @@
 """What clients may make the server hold: a bound in every phase, and honest slow ones live on."""
 
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -122,7 +123,7 @@ def test_half_hellos_cost_little_and_the_oldest_go(serve, log, crowd, certificat
 
     crowd(server).send(5000, b"\x16\x03\x01\x02\x00")
 
-    check_it_lives(server, 300 * MIB, context)
+    check_it_lives(server, 400 * MIB, context)
     assert server.sockets() < 4200
     server.host = "127.0.0.1"
 
@@ -384,3 +385,92 @@ def open_files(process):
     for path in Path(f"/proc/{process.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             yield os.readlink(path)
+
+
+# the log's folder
+
+SMALL_DISK = 'mount -t tmpfs -o size=64m tmpfs "$0" && TMPDIR="$0" exec "$@"'
+
+
+def test_packed_bombs_beside_the_log_are_bounded_work(serve, log, tmp_path):
+    """60 files of 150 MiB, where half of 64 MiB may be used: not each of them is tried out."""
+    bomb = gzip.compress(bytes(10 * MIB)) * 15
+    for number in range(1, 61):
+        Path(f"{log}.{number}.gz").write_bytes(bomb)
+    log.touch()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    prefix = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, str(disk))
+
+    server = serve(log, prefix=prefix, dev=False)
+    at_the_start = written(server)
+    append(log, lines(10))
+    with server.upgrade(JSON.strip(), query="?since=1000." + "a" * 24) as viewer:
+        answer = viewer.recv(65536)
+
+    assert b'"resumed": false' in answer
+    assert at_the_start < 300 * MIB and written(server) - at_the_start < 300 * MIB
+
+
+def test_forged_cursors_unpack_what_lies_beside_the_log_once(serve, log):
+    packed = gzip.compress(lines(10_000).encode(), 1) * 20
+    for number in range(1, 4):
+        Path(f"{log}.{number}.gz").write_bytes(packed)
+    damaged = Path(f"{log}.4.gz")
+    damaged.write_bytes(packed[:-1])
+    append(log, lines(10))
+    server = serve(log, dev=False)
+
+    for digit in range(10):
+        with server.upgrade(JSON.strip(), query=f"?since=1000.{digit}{'a' * 23}") as viewer:
+            assert b'"resumed": false' in viewer.recv(65536)
+
+    assert written(server) < 5 * len(lines(10_000).encode()) * 20
+
+
+def written(server):
+    """Return the bytes that a process has written so far."""
+    return int(Path(f"/proc/{server.process.pid}/io").read_text().split()[3])
+
+
+def test_a_link_that_goes_again_and_again_ends_nothing(serve, view, log):
+    target = log.with_name("target")
+    append(target, lines(10))
+    log.symlink_to(target.name)
+    server = serve(log)
+    viewer = view(server, json=True).wait(lines(1, 9))
+
+    ends = time.monotonic() + 4
+    while time.monotonic() < ends:
+        log.unlink()
+        log.symlink_to(target.name)
+        time.sleep(0.0005)  # the removal itself wakes the follower
+
+    assert server.process.poll() is None
+    viewer.wait(append(target, "after all\n").decode())
+
+
+def test_its_own_secrets_are_never_served_as_a_log(serve, log, tmp_path, certificate):
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    Path(f"{log}.1").symlink_to(token)
+    log.symlink_to(token)
+    server = serve(log, "--token-file", token, "--interval", 0.2)
+    over_tls = serve(tmp_path / "other.log", "--interval", 0.2, *certificate)
+    over_tls.log.symlink_to(certificate[3])
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+
+    answers = [server.get(path, **bearer) for path in ("/api/audit", "/api/search?q=a", "/healthz")]
+    log.unlink()
+    append(log, lines(10))
+    listed = eventually(lambda: (it := server.get("/api/files", **bearer))[0] == 200 and it[2])
+    files = [each for each in json.loads(listed)["files"] if each["name"] != log.name]
+    pieces = [server.get(f"/api/audit?generation={each['generation']}", **bearer) for each in files]
+
+    assert [code for code, _, _ in answers] == [503] * 3
+    assert b"a secret of this server" in answers[0][2]
+    assert TOKEN.encode() not in b"".join(body for _, _, body in answers + pieces)
+    assert len(pieces) == 1 and pieces[0][0] != 200
+    with ssl._create_unverified_context().wrap_socket(over_tls.connect()) as client:
+        client.sendall(request("/api/audit"))
+        assert b"PRIVATE" not in client.recv(65536)

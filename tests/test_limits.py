@@ -162,7 +162,7 @@ def test_metrics_tell_what_happens(locked, log, view):
         return of(after, *words) - of(since, *words)
 
     assert of(before, "viewers") == 0 and of(during, "viewers") == 1
-    assert moved("lines") == 12 and moved("bytes", "read") == len((added + more).encode())
+    assert moved("lines") == 12 and moved("stream_read_bytes") == len((added + more).encode())
     assert moved("bytes", "sent") >= len((added + more).encode())
     assert moved("search") >= 1 and moved("refused") == 1
     assert moved("generation", since=during) == moved("generation", "rotated", since=during) == 1

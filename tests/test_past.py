@@ -17,6 +17,7 @@ from page_actions import (
     HERE,
     LINES,
     SCROLLER,
+    SHOWS,
     TOLD,
     Serve,
     Watch,
@@ -167,3 +168,18 @@ def test_a_damaged_file_is_said_and_passed_over(serve: Serve, tmp_path: Path, wa
     lost = range(EACH, 2 * EACH)
     wanted = [entry(n) for n in range(LAST + 1) if "needle" in entry(n) and n not in lost]
     assert page.js(f"{LINES}.map(line => line.textContent)") == wanted
+
+
+def test_what_is_only_in_a_rotated_file_is_found_and_the_files_are_named(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    write(log.with_name(f"{log.name}.1"), [entry(number) for number in range(20)])
+    log.touch()
+    page = watch(serve(log).url)
+    page.wait(f"{SHOWS} === 'live'")
+
+    search(page, "needle")
+    page.wait(f"{COUNT} === '1 match' && /^2 files/.test({COVER})")
+    search(page, "nowhere")
+
+    page.wait(f"{COUNT} === '0 matches' && /^2 files.* searched at/.test({COVER})")

@@ -1,15 +1,11 @@
 """Behind a reverse proxy: which one is believed, NGINX below a path, smuggled requests."""
 
 import contextlib
-import copy
 import functools
 import itertools
-import os
-import shutil
-import subprocess
+import signal
 
 import pytest
-from browsers import unavailable
 from harness import (
     FIRST,
     RIGHT,
@@ -19,7 +15,6 @@ from harness import (
     cookie_of,
     eventually,
     exchange,
-    free_port,
     handshake,
     of,
     policy_of,
@@ -27,6 +22,7 @@ from harness import (
     status,
 )
 from page_actions import arrives
+from proxies import BELOW
 from websockets.sync.client import connect
 
 # -- who is believed -------------------------------------------------------------------------------
@@ -94,63 +90,6 @@ def test_only_a_trusted_proxy_names_the_scheme(serve, log, secret):
 
 
 # -- NGINX -----------------------------------------------------------------------------------------
-
-BELOW = "/logs/audit"
-CONFIGURATION = """
-daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; {user}
-events {{ worker_connections 256; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
-    server {{
-        listen 127.0.0.1:{port};
-        location {below}/ {{
-            proxy_pass http://127.0.0.1:{upstream}/;
-            proxy_http_version 1.1;
-            proxy_set_header Host $http_host;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection $connection_upgrade;
-            proxy_set_header X-Forwarded-For $remote_addr;
-            proxy_set_header X-Forwarded-Proto $scheme;
-            proxy_buffering off;
-            proxy_read_timeout 120s;
-        }}
-    }}
-}}
-"""
-
-
-@pytest.fixture
-def nginx(tmp_path):
-    """Starts NGINX in front of a server; the server as one reaches it through that."""
-    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if not program:
-        unavailable("nginx is not installed")
-    with contextlib.ExitStack() as stack:
-
-        def start(server):
-            behind = copy.copy(server)
-            behind.port, user = free_port(), "user root;" if os.geteuid() == 0 else ""
-            file = tmp_path / "nginx.conf"
-            places = {
-                "folder": tmp_path,
-                "below": BELOW,
-                "port": behind.port,
-                "upstream": server.port,
-            }
-            file.write_text(CONFIGURATION.format(user=user, **places))
-            process = subprocess.Popen(
-                [program, "-e", str(tmp_path / "error.log"), "-c", str(file)]
-            )
-            stack.callback(process.wait, 10)
-            stack.callback(process.terminate)
-            eventually(behind.listens)
-            return behind
-
-        yield start
 
 
 def test_behind_nginx_below_a_path_all_is_as_without(serve, nginx, log, secret):
@@ -234,3 +173,64 @@ def test_the_page_lives_below_a_path_of_nginx(browser, window, serve, nginx, log
     window.goto(f"{address}?token={TOKEN}")
 
     arrives(window, address)
+
+
+def test_the_form_works_behind_a_password_of_nginx(browser, window, serve, nginx, log, secret):
+    """The form must not say Authorization, which is the proxy's, nor be taken for its refusal."""
+    append(log, FIRST)
+    passwords = log.parent / "passwords"
+    passwords.write_text("user:{PLAIN}pass\n")
+    server = serve(log, "--token-file", secret, "--trust-proxy")
+    version = "proxy_http_version 1.1;"
+    with_password = f'{version} auth_basic "x"; auth_basic_user_file {passwords};'
+    behind = nginx(server, replace=(version, with_password))
+
+    window.goto(behind.url.replace("//", "//user:pass@") + "healthz")  # it remembers them
+    window.goto(behind.url)
+    window.wait("!!document.querySelector('#token')")
+    window.js("document.querySelector('input').focus()")
+    window.type("wrong-0123456789")
+    window.press("Enter")
+    window.wait("/not the token/.test(document.querySelector('output').textContent)")
+    window.js("document.querySelector('input').value = ''")
+    window.type(TOKEN)
+    window.press("Enter")
+
+    eventually(
+        lambda: asked(window, "document.querySelector('#status').dataset.state") == "live", 20
+    )
+    assert window.js("location.href") == behind.url
+    secret.write_text("another-token-0123456789")
+    server.process.send_signal(signal.SIGHUP)
+    window.wait("document.querySelector('#proof').textContent.includes('not signed in (401)')")
+
+
+def asked(window, expression):
+    with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
+        return window.js(expression)
+
+
+HOST, UPGRADE = "proxy_set_header Host $http_host;", "proxy_set_header Upgrade $http_upgrade;"
+
+
+@pytest.mark.parametrize(
+    ("line", "viewers", "said"),
+    [
+        (HOST, 2, "refused (403): see --allow-host and --allow-origin"),
+        (UPGRADE, 2, "the server answers, but the WebSocket does not open"),
+        ("", 1, "the server has no free place (503)"),
+    ],
+    ids=["host", "upgrade", "place"],
+)
+def test_the_page_names_the_reason_for_a_refused_websocket(
+    line, viewers, said, browser, window, serve, nginx, view, log
+):
+    append(log, FIRST)
+    server = serve(log, "--trust-proxy", "--max-viewers", viewers, "--allow-host", "audit0")
+    behind = nginx(server, replace=(line, ""))
+    view(server)
+
+    window.goto(behind.url)
+
+    window.wait(f"document.querySelector('#proof').textContent.includes({said!r})")
+    assert any(said in text for _, text in window.console), window.console

@@ -138,3 +138,22 @@ def test_a_log_without_times_says_so_and_claims_nothing(
 
     page.wait(f"/time/.test({TOLD}) && !/at or after/.test({TOLD})")
     assert page.js(SHOWS) == "live"
+
+
+def test_a_stamp_of_another_century_stretches_no_timeline(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    def stamp(number: int) -> str:
+        year = {40: 2060, 90: 1970}.get(number, 2025)
+        return (BEGIN + timedelta(minutes=number)).replace(year=year).isoformat()[:19]
+
+    write(log, [f"[{stamp(number)}Z] entry {number}" for number in range(150)])
+    page = watch(serve(log).url)
+    page.wait("!document.querySelector('#timeline').hasAttribute('data-off')")
+
+    for share, hour in ((0.02, "00"), (0.98, "02")):
+        x, _ = at(page, share)
+        move = f"new PointerEvent('pointermove', {{ clientX: {x} }})"
+        page.js(f"document.querySelector('#timeline').dispatchEvent({move}) || 1")
+
+        page.wait(f"{READOUT}.startsWith('2025-12-01 {hour}:')")
