@@ -95,6 +95,8 @@ from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 try:
     import fcntl
+    import grp
+    import pwd
     import resource
     import termios
 except ImportError:
@@ -139,6 +141,7 @@ RESERVED = re.compile(rb"(?:\A|\n)\0{16}|\0{1024}")
 SCAN_BYTES = 256 * KIB  # of one read while looking for the end of a hole
 MAX_SCANS = 64  # reads until a hole is taken to go on to the end of the file
 MAX_ROTATED = 64  # rotated files that are looked at, and parts of a cursor
+MAX_UNRECOGNISED = 100  # names that are listed
 MAX_DECOMPRESSED = 1024 * MIB  # of all compressed files that one look, or one resumed viewer, needs
 
 
@@ -240,6 +243,16 @@ class LogFile:
             version = fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8))
             return int.from_bytes(version[:4], sys.byteorder)
         return 0
+
+    def is_append_only(self) -> bool | None:
+        """Return True if chattr(1) lets nobody change what is there; None if nobody knows."""
+        flags = getattr(self.status(), "st_flags", None)  # BSD, macOS
+        if flags is not None:
+            return bool(flags & (stat.UF_APPEND | stat.SF_APPEND))
+        with contextlib.suppress(OSError):
+            attributes = fcntl.ioctl(self._fd, FS_IOC_GETFLAGS, bytes(8))
+            return bool(int.from_bytes(attributes[:4], sys.byteorder) & FS_APPEND_FL)
+        return None
 
     def is_deleted(self) -> bool:
         return os.fstat(self._fd).st_nlink == 0
@@ -478,7 +491,7 @@ class LogFile:
         return self.cursor_part(int(offset), proof[:4]) == part
 
 
-FS_IOC_GETVERSION = 0x80087601
+FS_IOC_GETVERSION, FS_IOC_GETFLAGS, FS_APPEND_FL = 0x80087601, 0x80086601, 0x20
 secret_files: set[Identity] = set()  # of this program; filled at the start and at each reload
 LIFE_BYTES = 64  # of a file tell it from the file before it
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
@@ -651,6 +664,21 @@ def newest_first(path: str, found: dict[str, ParsedName]) -> list[RotatedName]:
     filled = [files for files in kinds.values() if files]
     filled.sort(key=lambda files: max(file.modified_s for file in files), reverse=True)
     return list(itertools.chain(*filled))[:MAX_ROTATED]
+
+
+def unrecognised_names(path: str, read: Container[str]) -> list[str]:
+    """Return names that begin like the log's own, but are none of the files that are read."""
+    found = set[str]()
+    for log in dict.fromkeys((path, real_path(path))):
+        folder, name = os.path.split(log)
+        stem = os.path.splitext(name)[0]
+        with contextlib.suppress(OSError):
+            for other in os.listdir(folder or "."):
+                behind = other[len(stem) : len(stem) + 1]
+                is_like = other.startswith(name) or other.startswith(stem) and not behind.isalnum()
+                if is_like and other != name and other not in read:
+                    found.add(other)
+    return sorted(found)[:MAX_UNRECOGNISED]
 
 
 @functools.lru_cache(1 << 16)
@@ -1165,6 +1193,10 @@ class LogFollower:
             due_s = self.current.unfinished[1] + self.interval_s - time.monotonic()
             timeout_s = min(timeout_s, max(due_s, COALESCE_S))
         await self._watcher.wait(max(0.0, timeout_s - COALESCE_S), log_paths(self.path))
+
+    @property
+    def has_file_events(self) -> bool:
+        return self._watcher.works
 
     def note_stall(self) -> None:
         """Note that the process stood still: what happened meanwhile comes all at once."""
@@ -4009,13 +4041,25 @@ NO_PCRE = "a search needs GNU grep with -P on this server: install the package g
 
 def grep_failure() -> HTTPError:
     """Return why a grep failed: it was too much for it, or it knows no -P."""
-    quiet = subprocess.DEVNULL
     with contextlib.suppress(OSError):
-        command = ["grep", "-abP", "x"]
-        trial = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet)
-        if trial.returncode != 1:
+        if not knows_pcre():
             return HTTPError(501, NO_PCRE)
     return HTTPError(422, TOO_EXPENSIVE)
+
+
+def knows_pcre() -> bool:
+    """Return True if grep knows -P. Raises OSError if there is none."""
+    quiet = subprocess.DEVNULL
+    command = ["grep", "-abP", "x"]
+    return subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet).returncode == 1
+
+
+@functools.cache
+def can_search() -> bool:
+    try:
+        return knows_pcre()
+    except OSError:
+        return False
 
 
 def feed_grep(search: Search, edges: Edges, pipes: list[int], fed: Fed) -> None:
@@ -4264,6 +4308,7 @@ KEEP_S = 300.0  # after somebody looked at it
 DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
 
 FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
+TimeSpan = tuple[float | None, float | None]
 
 
 class PastFile(NamedTuple):
@@ -4296,15 +4341,48 @@ class FileSet:
         self.used_s: dict[FileKey, float] = {}
 
     async def describe(self) -> dict[str, Any]:
-        """Return the answer of /api/files: the oldest file first, the log last."""
+        """Return the answer of /api/files: the oldest file first, the log last; what is beside."""
         current = self.follower.current
         past = await self.past_files(current)
-        first, last = await run_in_thread(time_span, current, self.zone)
+        log, about = await run_in_thread(self.look_at_log, current)
 
-        size = current.size
-        key = file_key(current.status())
-        log = PastFile(key, self.follower.path, "", current.name, size, first, last)
-        return {"files": [file.describe() for file in (*past, log)]}
+        files = [*past, log]
+        read = {os.path.basename(file.path) for file in files}
+        beside = await asyncio.to_thread(unrecognised_names, self.follower.path, read)
+        return {
+            "files": [file.describe() for file in files],
+            "unrecognised": [file_name(name) for name in beside],
+            "log": about,
+            "server": {
+                "version": VERSION,
+                "has_file_events": self.follower.has_file_events,
+                "interval": self.follower.interval_s,
+                "can_search": await asyncio.to_thread(can_search),
+                "unpacks": list(COMPRESSED),
+                "max_unpacked": MAX_FILE_BYTES,
+                "max_files": MAX_ROTATED,
+            },
+        }
+
+    def look_at_log(
+        self, current: LogFile, cancelled: threading.Event
+    ) -> tuple[PastFile, dict[str, Any]]:
+        """Return the log as one of the files, and what else a person may ask about it."""
+        status = current.status()
+        time_format = detect_time_format(current, self.zone)
+        span = times_at_ends(current, time_format, cancelled)
+        key, size = file_key(status), status.st_size
+        log = PastFile(key, self.follower.path, "", current.name, size, *span)
+
+        return log, {
+            "format": time_format.name if time_format else None,
+            "zone": str(self.zone),
+            "encoding": encoding_of(current),
+            "owner": account_name(pwd.getpwuid, status.st_uid),
+            "group": account_name(grp.getgrgid, status.st_gid),
+            "mode": stat.filemode(status.st_mode),
+            "append_only": current.is_append_only(),
+        }
 
     async def file_of(self, context: RequestContext) -> LogFile:
         """Return the file that a request is about, the log if it names none. Raises HTTPError."""
@@ -4428,6 +4506,14 @@ class FileSet:
             del self.used_s[key]
 
 
+def account_name(look_up: Callable[[int], Any], number: int) -> str:
+    """Return the name of a user or group, its number if it has none here."""
+    try:
+        return str(look_up(number)[0])
+    except (KeyError, OSError):
+        return str(number)
+
+
 def file_key(status: os.stat_result) -> FileKey:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -4479,9 +4565,14 @@ def unpack_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
 
 def time_span(
     file: LogFile, zone: datetime.tzinfo, cancelled: threading.Event | None = None
-) -> tuple[float | None, float | None]:
+) -> TimeSpan:
+    return times_at_ends(file, detect_time_format(file, zone), cancelled)
+
+
+def times_at_ends(
+    file: LogFile, time_format: TimeFormat | None, cancelled: threading.Event | None = None
+) -> TimeSpan:
     """Return the first and the last time in a file, as far as they stand near its ends."""
-    time_format = detect_time_format(file, zone)
     if not time_format:
         return None, None
 
@@ -6523,7 +6614,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve_log(options: Options) -> int:
-    page = read_page()
+    # The page reads stamps without a zone as the server does.
+    page = read_page().replace(b'data-zone="UTC"', b'data-zone="%b"' % str(options.zone).encode())
     access = AccessControl(options, page)
     if access.generated and options.reuse_port:
         argument_parser().error("--reuse-port needs a token that all processes know")
@@ -6555,7 +6647,8 @@ def demo_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def parse_options(argv: list[str] | None) -> Options:
-    options = Options(**vars(argument_parser().parse_args(argv)))
+    arguments = join_signed_zone(sys.argv[1:] if argv is None else argv)
+    options = Options(**vars(argument_parser().parse_args(arguments)))
     own_log = options.append is not None or options.verify is not None
     line = options.append or ""
 
@@ -6574,6 +6667,16 @@ def parse_options(argv: list[str] | None) -> Options:
         if applies:
             argument_parser().error(sentence)
     return options
+
+
+def join_signed_zone(arguments: list[str]) -> list[str]:
+    """Return them with `--zone -05:00` as one, which argparse takes for two options otherwise."""
+    kept: list[str] = []
+    for argument in arguments:
+        if kept[-1:] == ["--zone"] and re.match(r"-\d", argument):
+            argument = f"{kept.pop()}={argument}"
+        kept.append(argument)
+    return kept
 
 
 class ArgumentParser(argparse.ArgumentParser):
