@@ -1,6 +1,8 @@
 """The whole past: rotated files, packed or not, are part of the log."""
 
 import gzip
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -20,6 +22,7 @@ from page_actions import (
     TOLD,
     Serve,
     Watch,
+    click,
     ends_with,
     frames,
     search,
@@ -167,3 +170,97 @@ def test_a_damaged_file_is_said_and_passed_over(serve: Serve, tmp_path: Path, wa
     lost = range(EACH, 2 * EACH)
     wanted = [entry(n) for n in range(LAST + 1) if "needle" in entry(n) and n not in lost]
     assert page.js(f"{LINES}.map(line => line.textContent)") == wanted
+
+
+ABOUT = "document.querySelector('#about')"
+FOCUS = "document.activeElement.id"
+
+
+def test_what_is_known_of_the_log_stands_in_a_panel(
+    serve: Serve, tmp_path: Path, watch: Watch
+) -> None:
+    log = tmp_path / "app.log"
+    write_past(log)
+    log.chmod(0o640)
+    damaged = tmp_path / "app.log.4.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    (tmp_path / "app.log.bak").write_text("a copy\n")
+    page = watch(serve(log, "--zone", "+01:00").url, trouble=True)
+    ends_with(page, entry(LAST))
+
+    page.press("i")
+    page.wait(f"!{ABOUT}.hidden && !!{ABOUT}.querySelector('.files')")
+
+    words = page.js(f"{ABOUT}.innerText")
+    rows = page.js(
+        f"[...{ABOUT}.querySelectorAll('.files tbody tr')].map(row => row.innerText.split(/\\s*\\t\\s*/))"
+    )
+    for fact in (
+        "Oldest entry\t2025-12-01 01:00:00 +01:00",
+        "ISO 8601; a stamp without a zone is in UTC+01:00",
+        "mode -rw-r-----",
+        "Append-only\tno",
+        "not recognised, or no files\napp.log.bak",
+    ):
+        assert fact in words.replace("\n\t", "\t")
+    names = ["app.log", *(f"app.log.{n}{'.gz' if n > 3 else ''}" for n in range(1, FILES + 1))]
+    assert [row[0] for row in rows] == names
+    assert rows[0][2:] == ["2025-12-07 07:00:00", "2025-12-07 07:19:00", "the log"]
+    assert rows[-1][-1].startswith("packed, ") and "\tplain" in words
+    search(page, "needle")
+    page.wait(f"/app.log.4.gz.*damaged/.test({ABOUT}.innerText)")
+
+
+def test_a_panel_has_the_keyboard_and_gives_it_back(site: Server, watch: Watch) -> None:
+    page = watch(site.url)
+    page.resize(800, 300)
+    ends_with(page, entry(LAST))
+    page.js("document.querySelector('#auditBox').focus() || 1")
+    before = page.js(FIRST)
+
+    page.press("i")
+    page.wait(f"{FOCUS} === 'about' && {ABOUT}.scrollHeight > {ABOUT}.clientHeight")
+    page.press("PageDown")
+    page.wait(f"{ABOUT}.scrollTop > 0")
+    page.press("Escape")
+    page.wait(f"{FOCUS} === 'auditBox' && {ABOUT}.hidden")
+    assert page.js(FIRST) == before
+    page.resize(1000, 700)
+    click(page, "Menu")
+    click(page, "About")
+
+    page.wait(f"{FOCUS} === 'about'")
+    page.press("i")
+    page.wait(f"{ABOUT}.hidden && {FOCUS} === 'more'")
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "-05:00"])
+def test_stamps_without_a_zone_are_read_and_told_in_that_of_the_server(
+    serve: Serve, tmp_path: Path, watch: Watch, zone: str
+) -> None:
+    log = tmp_path / "app.log"
+    write(log, [f"2025-12-17 {hour:02}:30:00 entry {hour}" for hour in range(24)])
+    page = watch(serve(log, "--zone", zone).url)
+    ends_with(page, "2025-12-17 23:30:00 entry 23")
+
+    page.press("g")
+    page.type("2025-12-17 08:00")
+    page.press("Enter")
+
+    page.wait(f"{HERE} === '2025-12-17 08:30:00 entry 8'")
+    place = {"-05:00": "XXX+05:00"}.get(zone, zone)
+    told = page.js(TOLD)
+    assert told.endswith(f" {date('2025-12-17 08:00', '%F %T %:z', place)}.")
+    stamped = page.js(f"{LINES}.map(line => line.querySelector('time').dataset.local)")
+    moment = date("2025-12-17 08:30", "%s", place)
+    browsers = page.js("Intl.DateTimeFormat().resolvedOptions().timeZone")
+    assert stamped[8] == date(f"@{moment}", "%F %T", browsers)
+
+
+def date(moment: str, form: str, zone: str) -> str:
+    """Return what GNU date makes of a moment."""
+    command = ["date", "-d", moment, f"+{form}"]
+    environment = {**os.environ, "TZ": zone}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=True
+    ).stdout.strip()
