@@ -4308,6 +4308,7 @@ KEEP_S = 300.0  # after somebody looked at it
 DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
 
 FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
+NOT_READ: FileKey = (0, 0, 0, 0)
 TimeSpan = tuple[float | None, float | None]
 
 
@@ -4429,7 +4430,9 @@ class FileSet:
 
         self.known = {key[:2]: file for key, file in files.items()}
         self.heads = {name: head for name, head in self.heads.items() if name in taken}
-        del files[log]
+        current_log = files.pop(log)
+        # Its times were not read: that is done once it was rotated.
+        self.known[log[:2]] = current_log._replace(key=NOT_READ)
         return list(files.values())
 
     def examine(

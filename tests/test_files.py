@@ -158,6 +158,7 @@ def test_a_renamed_and_a_packed_file_stay_themselves(serve, log):
     eventually(lambda: files_of(server)[-1]["generation"] not in [f["generation"] for f in once])
 
     assert [file["generation"] for file in once[:-1]] == list(before.values())
+    assert (once[-2]["first"], once[-2]["last"]) == (1_766_000_150, 1_766_000_199)
     for data, generation in before.items():
         assert bytes_of(server, generation) == data
     assert [file["generation"] for file in files_of(server)[:-1]] == [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browsers import Page
-from harness import Server
+from harness import Server, pack, shift
 from page_actions import (
     CENTRE,
     COUNT,
@@ -264,3 +264,128 @@ def date(moment: str, form: str, zone: str) -> str:
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, check=True
     ).stdout.strip()
+
+
+RANGE = "document.querySelector('#range')"
+
+
+def ask_time(page: Page, words: str) -> None:
+    page.press("g")
+    page.type(words)
+    page.press("Enter")
+
+
+def stamped(begin: str, end: str) -> list[str]:
+    """Return the entries from one time to another, as text sorts them."""
+    return [text for text in map(entry, range(LAST + 1)) if begin <= text[1:17] < end]
+
+
+def test_a_range_of_time_goes_through_all_files(site: Server, watch: Watch) -> None:
+    page = watch(site.url)
+    ends_with(page, entry(LAST))
+
+    ask_time(
+        page, "2025-12-04 02:30 to 2025-12-04 04:00"
+    )  # ends one packed file, begins a plain one
+    expected = stamped("2025-12-04T02:30", "2025-12-04T04:00")
+    page.wait(f"{COUNT} === '{len(expected)} lines'")
+
+    assert page.js(f"{LINES}.map(line => line.textContent)") == expected
+    page.wait(f"{SEAMS}.join() === 'app.log.4.gz, until 2025-12-04 02:59:00 UTC'")
+    search(page, "needle")
+    page.wait(f"{COUNT} === '1 match' && {LINES}.length === 1")
+    ask_time(page, "2025-12-01 00:00 to 2025-12-03 12:00")
+    needles = [text for text in stamped("2025-12-01T00:00", "2025-12-03T12:00") if "needle" in text]
+    page.wait(f"{COUNT} === '{len(needles)} matches'")
+    assert page.js(f"{LINES}.map(line => line.textContent)") == needles
+
+    address = page.js("location.href")
+    page.goto("about:blank")
+    page.goto(address)
+    page.wait(f"{COUNT} === '{len(needles)} matches' && !{RANGE}.hidden")
+    assert page.js("location.href") == address
+    page.js(f"{RANGE}.click() || 1")
+    page.wait(f"{LINES}.length === {FILES * EACH // 500 + 1}")
+
+
+def test_a_range_stays_what_it_is_when_the_log_is_rotated(
+    serve: Serve, tmp_path: Path, watch: Watch
+) -> None:
+    log = tmp_path / "app.log"
+    write_past(log)
+    page = watch(serve(log, "--interval", "0.2").url)
+    ends_with(page, entry(LAST))
+    ask_time(page, "2025-12-07 04:30 to 2025-12-07 06:10")  # into the log itself
+    expected = stamped("2025-12-07T04:30", "2025-12-07T06:10")
+    page.wait(f"{COUNT} === '{len(expected)} lines'")
+
+    for turn in range(2):
+        shift(log)
+        write(log, [entry(LAST + 1 + 60 * turn + number) for number in range(60)])
+        page.wait(
+            f"{SEAMS}.filter(words => words.startsWith('The log was rotated')).length > {turn}"
+        )
+        assert page.js(f"{LINES}.map(line => line.textContent)") == expected
+    ask_time(page, "2025-12-07 06:05 to 2025-12-07 06:25")  # two files that were the log meanwhile
+    later = [entry(number) for number in range(FILES * EACH + 5, FILES * EACH + 25)]
+    page.wait(f"{COUNT} === '20 lines'")
+
+    assert page.js(f"{LINES}.map(line => line.textContent)") == later
+
+
+def test_a_time_in_the_newest_file_that_is_packed_is_found(
+    serve: Serve, tmp_path: Path, watch: Watch
+) -> None:
+    log = tmp_path / "app.log"
+    write_past(log)
+    pack(tmp_path / "app.log.1")
+    pack(tmp_path / "app.log.2")
+    page = watch(serve(log).url)
+    ends_with(page, entry(LAST))
+
+    ask_time(page, "2025-12-07 05:00")
+    page.wait(f"{HERE} === {entry(6 * 1440 + 300)!r}")
+    ask_time(
+        page, "2025-12-06 04:59:30"
+    )  # between the last entry of one and the first of the other
+
+    page.wait(f"{HERE} === {entry(5 * 1440 + 300)!r}")
+    page.press("PageUp")
+    page.wait(f"{SEAMS}.includes('app.log.2.gz, until 2025-12-06 04:59:00 UTC')")
+
+
+ERRORS = "document.querySelector('#errors').textContent"
+BARS = "document.querySelector('#{}').getAttribute('d')"
+
+
+def test_the_timeline_shows_what_is_in_older_files(
+    serve: Serve, tmp_path: Path, watch: Watch
+) -> None:
+    log = tmp_path / "app.log"
+    write_past(log)
+    with open(tmp_path / "app.log.2", "a") as file:
+        file.write("[2025-12-06T04:59:30Z] ERROR one\n[2025-12-06T04:59:40Z] ERROR two\n")
+    page = watch(serve(log).url)
+    ends_with(page, entry(LAST))
+
+    page.wait(f"{ERRORS} === 'errors 2+'")  # packed files are not unpacked for it
+    page.wait(f"{BARS.format('guessBars')} !== '' && {BARS.format('bars')} !== ''")
+    left, right = (
+        page.js(
+            f"Math.{end}(...{BARS.format('errorBars')}.match(/M[\\d.]+/g).map(x => +x.slice(1)))"
+        )
+        for end in ("min", "max")
+    )
+    middle = (5 * 1440 + 299) / (6 * 1500 + 20)
+    assert abs(left / 1000 - middle) < 0.02 and right - left <= 8
+    assert page.js(f"{BARS.format('borders')}.match(/M/g).length") == FILES
+
+    guessed = page.js(f"{BARS.format('guessBars')}.length")
+    search(page, "needle")
+    page.wait(f"{COUNT} === '19 matches'")
+    shares = [number / (6 * 1500 + 20) for number in range(7, LAST, 500)]
+    places = f"{BARS.format('matchBars')}.match(/M[\\d.]+/g).map(x => x.slice(1) / 1000)"
+    page.wait(f"{places}.length >= 19")
+    for share in shares:
+        page.wait(f"{places}.some(place => Math.abs(place - {share}) < 0.02)")
+    page.wait(f"{BARS.format('guessBars')}.length < {guessed} / 10")
