@@ -389,3 +389,67 @@ def test_the_timeline_shows_what_is_in_older_files(
     for share in shares:
         page.wait(f"{places}.some(place => Math.abs(place - {share}) < 0.02)")
     page.wait(f"{BARS.format('guessBars')}.length < {guessed} / 10")
+
+
+def test_a_silence_over_a_rotation_is_seen(serve: Serve, tmp_path: Path, watch: Watch) -> None:
+    log = tmp_path / "app.log"
+    write(log, [entry(number) for number in range(50)])
+    page = watch(serve(log, "--interval", "0.2").url)
+    ends_with(page, entry(49))
+    kinds = (
+        "[...document.querySelectorAll('#auditBox .seam')].map(seam => seam.dataset.kind).join()"
+    )
+
+    log.rename(tmp_path / "app.log.1")
+    write(log, [entry(number) for number in range(400, 450)])
+    ends_with(page, entry(449))
+    assert page.js(kinds) == "rotated,silence"
+    other = watch(page.js("location.href"))
+    ends_with(other, entry(449))
+    other.wait(f"{kinds} === 'file,silence'")
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_lines_are_scrolled_both_ways_while_the_log_is_rotated(
+    serve: Serve, tmp_path: Path, watch: Watch
+) -> None:
+    log = tmp_path / "app.log"
+    each, files = 7700, 12
+    for age in range(files, -1, -1):
+        begin = (files - age) * each
+        data = "".join(f"{entry(number)}\n" for number in range(begin, begin + each)).encode()
+        name = f"{log}.{age}.gz" if age > 3 else f"{log}.{age}" if age else str(log)
+        Path(name).write_bytes(gzip.compress(data) if age > 3 else data)
+    last = (files + 1) * each - 1
+    page = watch(serve(log, "--interval", "0.2", "--rate-limit", "0", dev=False).url)
+    ends_with(page, entry(last))
+    seen: set[int] = set()
+    seams: list[str] = []
+
+    def scroll(pixels: int, end: int, at: list[int]) -> None:
+        """Go on until that line is drawn; rotate when one of `at` is."""
+        nonlocal last
+        for _ in range(3000):
+            shown = page.js(NUMBERS)
+            assert shown == list(range(shown[0], shown[0] + len(shown)))
+            seen.update(shown)
+            seams.extend(page.js(SEAMS))
+            if end in shown:
+                return
+            if at and at[0] in shown:
+                at.pop(0)
+                shift(log)
+                pack(Path(f"{log}.4"))
+                write(log, [entry(last + number) for number in range(1, 11)])
+                last += 10
+            page.js(f"({SCROLLER}).scrollBy(0, {pixels}) || 1")
+            frames(page, 2)
+        raise AssertionError(f"line {end} never came")
+
+    scroll(-3900, 0, [80_000, 40_000])
+    assert seen == set(range(last - 19)) | set(range(min(seen), max(seen) + 1))
+    seen.clear()
+    scroll(3900, last, [])
+
+    assert seen == set(range(last + 1))
+    assert not [seam for seam in seams if "missing" in seam or "not read" in seam]
