@@ -744,13 +744,15 @@ def compression_of(path: str) -> str:
     return extension if extension in COMPRESSED else ""
 
 
-def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFile:
+def decompress(
+    path: str, most_bytes: int, cancelled: threading.Event, source: LogFile | None = None
+) -> LogFile:
     """Return the content of a compressed file, in a temporary file without a name.
 
     Raises OSError if it is damaged, larger than most_bytes or half of what the disk has left, or if
     the caller has gone.
     """
-    source = open_log_file(path)
+    source = source or open_log_file(path)
     with tempfile.TemporaryFile(dir=spacious_folder()) as copy, source.open() as file:
         disk = os.fstatvfs(copy.fileno())
         most_bytes = min(most_bytes, disk.f_bavail * disk.f_frsize // 2)
@@ -4306,6 +4308,7 @@ MAX_UNPACKED_BYTES = 4096 * MIB  # together
 MAX_FILE_BYTES = 1024 * MIB  # each, and half of what is free
 KEEP_S = 300.0  # after somebody looked at it
 DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
+FOLLOWED_RENAMES = 3  # of a file while it is opened
 
 FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
 NOT_READ: FileKey = (0, 0, 0, 0)
@@ -4396,14 +4399,32 @@ class FileSet:
             if past.generation == generation and past.compressed:
                 return await self.unpacked(past)
             if past.generation == generation:
-                return await run_in_thread(open_past_file, past)
+                return await self.opened(past)
         raise HTTPError(404, "no file of this log has this generation")
+
+    async def opened(self, past: PastFile) -> LogFile:
+        try:
+            return await self.follow_name(open_past_file, past)
+        except OSError as error:
+            raise HTTPError(404, f"{file_name(past.path)}: {error.strerror}") from None
+
+    async def follow_name(self, work: Work[LogFile], past: PastFile) -> LogFile:
+        """Open a file by its path, or where a rotation put it meanwhile. Raises OSError."""
+        for _ in range(FOLLOWED_RENAMES):
+            with contextlib.suppress(FileNotFoundError):
+                return await run_in_thread(work, past)
+            listed = await self.past_files(self.follower.current)
+            same = [file for file in listed if file.key[:2] == past.key[:2]]
+            past = same[0] if same else past
+        return await run_in_thread(work, past)
 
     async def past_files(self, current: LogFile) -> list[PastFile]:
         async with self.listing:
             return await run_in_thread(self.look, current)
 
-    def look(self, current: LogFile, cancelled: threading.Event) -> list[PastFile]:
+    def look(
+        self, current: LogFile, cancelled: threading.Event, looks: int = FOLLOWED_RENAMES
+    ) -> list[PastFile]:
         """Return the rotated files, the oldest first. What is known is not read again."""
         log = file_key(current.status())
         found: dict[FileKey, RotatedName | None] = {log: None}
@@ -4428,9 +4449,14 @@ class FileSet:
                 files[key] = self.examine(name, key, file, taken, cancelled)
                 taken.add(files[key].generation)
 
+        current_log = files.pop(log)
+        paths = {key[:2]: file.path for key, file in files.items()}
+        moved = (file_identity(path) != identity for identity, path in paths.items())
+        if looks and any(moved):  # a rotation came between: what was read may be of another file
+            return self.look(current, cancelled, looks - 1)
+
         self.known = {key[:2]: file for key, file in files.items()}
         self.heads = {name: head for name, head in self.heads.items() if name in taken}
-        current_log = files.pop(log)
         # Its times were not read: that is done once it was rotated.
         self.known[log[:2]] = current_log._replace(key=NOT_READ)
         return list(files.values())
@@ -4484,11 +4510,12 @@ class FileSet:
             return job.result()
         except OSError as error:
             why = error.strerror or "is damaged"
-            raise HTTPError(422, f"{file_name(past.path)}: {why}") from None
+            status = 404 if isinstance(error, FileNotFoundError) else 422
+            raise HTTPError(status, f"{file_name(past.path)}: {why}") from None
 
     async def unpack(self, past: PastFile) -> LogFile:
         async with self.places:
-            file = await run_in_thread(unpack_past_file, past)
+            file = await self.follow_name(unpack_past_file, past)
             first, last = await run_in_thread(time_span, file, self.zone)
         if self.known.get(past.key[:2], past).key == past.key:
             known = past._replace(size=file.size, first=first, last=last)
@@ -4548,20 +4575,23 @@ def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
 
 
 def open_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
-    """Return a file that is not compressed. Raises HTTPError if it was renamed meanwhile."""
-    try:
-        file = open_log_file(past.path)
-    except OSError as error:
-        raise HTTPError(404, f"{file_name(past.path)}: {error.strerror}") from None
-    if file_key(file.status())[:2] != past.key[:2]:
-        raise HTTPError(503, "the log is being rotated", Retry_After="1")
+    """Return a file that is not compressed. Raises FileNotFoundError if it was renamed."""
+    file = open_log_file(past.path)
+    check_identity(file, past)
     file.name = past.generation
     return file
 
 
+def check_identity(file: LogFile, past: PastFile) -> None:
+    if file.identity != past.key[:2]:
+        raise FileNotFoundError(errno.ENOENT, "it has another name by now", past.path)
+
+
 def unpack_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
-    """Decompress a file into one without a name. Raises OSError."""
-    file = decompress(past.path, MAX_FILE_BYTES, cancelled)
+    """Decompress a file into one without a name. Raises OSError; FileNotFoundError as above."""
+    source = open_log_file(past.path)
+    check_identity(source, past)
+    file = decompress(past.path, MAX_FILE_BYTES, cancelled, source)
     file.name = past.generation
     return file
 

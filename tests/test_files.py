@@ -318,6 +318,31 @@ def test_of_many_packed_files_only_some_stay_unpacked(serve, log):
     assert open_copies(server) <= 16
 
 
+def test_a_file_that_is_renamed_while_it_waits_to_be_unpacked_is_still_itself(serve, log):
+    append(log, lines(3))
+    for number in range(1, 6):
+        own = f"{number}\n" * (60_000_000 if number < 3 else 1000)
+        Path(f"{log}.{number}.gz").write_bytes(gzip.compress(own.encode(), 1))
+    server = serve(log, "--rate-limit", 0, dev=False)
+    files = [file for file in files_of(server) if file["packed"]]
+    copies = open_copies(server)
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        large = [
+            pool.submit(ask, server, "/api/audit", generation=file["generation"])
+            for file in files[3:]
+        ]
+        eventually(lambda: open_copies(server) == copies + 2)  # both places are taken
+        waiting = [pool.submit(bytes_of, server, file["generation"]) for file in files[:3]]
+        time.sleep(0.1)
+        shift(log)
+        append(log, lines(1))
+        told = [each.result() for each in waiting]
+        assert [each.result()[0] for each in large] == [200, 200]
+
+    assert told == [f"{number}\n".encode() * 1000 for number in (5, 4, 3)]
+
+
 def test_reading_goes_on_while_the_log_is_rotated_twice(serve, log):
     past_of(log, 11, packed=range(3, 12), size=8000)
     server = serve(log, "--rate-limit", 0, "--interval", 0.2, dev=False)
