@@ -4406,7 +4406,8 @@ class FileSet:
         try:
             return await self.follow_name(open_past_file, past)
         except OSError as error:
-            raise HTTPError(404, f"{file_name(past.path)}: {error.strerror}") from None
+            status = 404 if isinstance(error, FileNotFoundError) else 422
+            raise HTTPError(status, f"{file_name(past.path)}: {error.strerror}") from None
 
     async def follow_name(self, work: Work[LogFile], past: PastFile) -> LogFile:
         """Open a file by its path, or where a rotation put it meanwhile. Raises OSError."""

@@ -167,11 +167,11 @@ def test_a_damaged_file_is_said_and_passed_over(serve: Serve, tmp_path: Path, wa
     page.wait("document.querySelector('#railFiles').getAttribute('d') !== ''")
 
     page.press("Home")
-    page.wait(f"{FIRST}[0] === {entry(EACH * 2)!r} && /app.log.5.gz was not read/.test({TOLD})")
+    page.wait(f"{FIRST}[0] === {entry(EACH * 2)!r} && /app.log.5.gz is damaged and was not read/.test({TOLD})")
     page.press("End", "Escape")
     search(page, "needle")
 
-    page.wait(f"/7 files.* searched at.*not app.log.6.gz, app.log.5.gz: damaged/.test({COVER})")
+    page.wait(f"/7 files.* searched at.*; app.log.5.gz is damaged and was not searched/.test({COVER})")
     lost = range(2 * EACH)
     wanted = [entry(n) for n in range(LAST + 1) if "needle" in entry(n) and n not in lost]
     assert page.js(f"{LINES}.map(line => line.textContent)") == wanted
