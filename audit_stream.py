@@ -96,6 +96,8 @@ from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 try:
     import fcntl
+    import grp
+    import pwd
     import resource
     import termios
 except ImportError:
@@ -135,7 +137,7 @@ counters: collections.Counter[str] = collections.Counter()  # what /metrics says
 # Owns a descriptor each: who opens one gives it to a LogFile at once.
 
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-FS_IOC_GETVERSION = 0x80087601  # ioctl_iflags(2)
+FS_IOC_GETVERSION, FS_IOC_GETFLAGS, FS_APPEND_FL = 0x80087601, 0x80086601, 0x20  # ioctl_iflags(2)
 secret_files: set[Identity] = set()  # of this program; filled at the start and at each reload
 
 FINGERPRINT_BYTES = 4 * KIB
@@ -146,6 +148,7 @@ RESERVED = re.compile(rb"(?:\A|\n)\0{16}|\0{1024}")
 SCAN_BYTES = 256 * KIB  # of one read while looking for the end of a hole
 MAX_SCANS = 64  # reads until a hole is taken to go on to the end of the file
 MAX_ROTATED = 64  # rotated files that are looked at, and parts of a cursor
+MAX_UNRECOGNISED = 100  # names that are listed
 MAX_DECOMPRESSED = 1024 * MIB  # of all compressed files that one look, or one resumed viewer, needs
 
 
@@ -247,6 +250,16 @@ class LogFile:
             version = fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8))
             return int.from_bytes(version[:4], sys.byteorder)
         return 0
+
+    def is_append_only(self) -> bool | None:
+        """Return True if chattr(1) lets nobody change what is there; None if nobody knows."""
+        flags = getattr(self.status(), "st_flags", None)  # BSD, macOS
+        if flags is not None:
+            return bool(flags & (stat.UF_APPEND | stat.SF_APPEND))
+        with contextlib.suppress(OSError):
+            attributes = fcntl.ioctl(self._fd, FS_IOC_GETFLAGS, bytes(8))
+            return bool(int.from_bytes(attributes[:4], sys.byteorder) & FS_APPEND_FL)
+        return None
 
     def is_deleted(self) -> bool:
         return os.fstat(self._fd).st_nlink == 0
@@ -653,6 +666,21 @@ def newest_first(path: str, found: dict[str, ParsedName]) -> list[RotatedName]:
     return list(itertools.chain(*filled))[:MAX_ROTATED]
 
 
+def unrecognised_names(path: str, read: Container[str]) -> list[str]:
+    """Return names that begin like the log's own, but are none of the files that are read."""
+    found = set[str]()
+    for log in dict.fromkeys((path, real_path(path))):
+        folder, name = os.path.split(log)
+        stem = os.path.splitext(name)[0]
+        with contextlib.suppress(OSError):
+            for other in os.listdir(folder or "."):
+                behind = other[len(stem) : len(stem) + 1]
+                is_like = other.startswith(name) or other.startswith(stem) and not behind.isalnum()
+                if is_like and other != name and other not in read:
+                    found.add(other)
+    return sorted(found)[:MAX_UNRECOGNISED]
+
+
 @functools.lru_cache(1 << 16)
 def parse_rotated_name(log: str, name: str) -> ParsedName | None:
     """Return what a rotated file's name says; None for any other name."""
@@ -716,13 +744,15 @@ def compression_of(path: str) -> str:
     return extension if extension in COMPRESSED else ""
 
 
-def decompress(path: str, most_bytes: int, cancelled: threading.Event) -> LogFile:
+def decompress(
+    path: str, most_bytes: int, cancelled: threading.Event, source: LogFile | None = None
+) -> LogFile:
     """Return the content of a compressed file, in a temporary file without a name.
 
     Raises OSError if it is damaged, larger than most_bytes or half of what the disk has left, or if
     the caller has gone.
     """
-    source = open_log_file(path)
+    source = source or open_log_file(path)
     with tempfile.TemporaryFile(dir=spacious_folder()) as copy, source.open() as file:
         disk = os.fstatvfs(copy.fileno())
         most_bytes = min(most_bytes, disk.f_bavail * disk.f_frsize // 2)
@@ -1185,6 +1215,10 @@ class LogFollower:
             due_s = self.current.unfinished[1] + self.interval_s - time.monotonic()
             timeout_s = min(timeout_s, max(due_s, COALESCE_S))
         await self._watcher.wait(max(0.0, timeout_s - COALESCE_S), log_paths(self.path))
+
+    @property
+    def has_file_events(self) -> bool:
+        return self._watcher.works
 
     def note_stall(self) -> None:
         """Note that the process stood still: what happened meanwhile comes all at once."""
@@ -4126,13 +4160,25 @@ NO_PCRE = "a search needs GNU grep with -P on this server: install the package g
 
 def grep_failure() -> HTTPError:
     """Return why a grep failed: it was too much for it, or it knows no -P."""
-    quiet = subprocess.DEVNULL
     with contextlib.suppress(OSError):
-        command = ["grep", "-abP", "x"]
-        trial = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet)
-        if trial.returncode != 1:
+        if not knows_pcre():
             return HTTPError(501, NO_PCRE)
     return HTTPError(422, TOO_EXPENSIVE)
+
+
+def knows_pcre() -> bool:
+    """Return True if grep knows -P. Raises OSError if there is none."""
+    quiet = subprocess.DEVNULL
+    command = ["grep", "-abP", "x"]
+    return subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet).returncode == 1
+
+
+@functools.cache
+def can_search() -> bool:
+    try:
+        return knows_pcre()
+    except OSError:
+        return False
 
 
 def feed_grep(search: Search, edges: Edges, pipes: list[int], fed: Fed) -> None:
@@ -4379,8 +4425,11 @@ MAX_UNPACKED_BYTES = 4096 * MIB  # together
 MAX_FILE_BYTES = 1024 * MIB  # each, and half of what is free
 KEEP_S = 300.0  # after somebody looked at it
 DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
+FOLLOWED_RENAMES = 3  # of a file while it is opened
 
 FileKey = tuple[int, int, int, int]  # device, inode, size, time of change
+NOT_READ: FileKey = (0, 0, 0, 0)
+TimeSpan = tuple[float | None, float | None]
 
 
 class PastFile(NamedTuple):
@@ -4413,15 +4462,48 @@ class FileSet:
         self.used_s: dict[FileKey, float] = {}
 
     async def describe(self) -> dict[str, Any]:
-        """Return the answer of /api/files: the oldest file first, the log last."""
+        """Return the answer of /api/files: the oldest file first, the log last; what is beside."""
         current = self.follower.current
         past = await self.past_files(current)
-        first, last = await run_in_thread(time_span, current, self.zone)
+        log, about = await run_in_thread(self.look_at_log, current)
 
-        size = current.size
-        key = file_key(current.status())
-        log = PastFile(key, self.follower.path, "", current.name, size, first, last)
-        return {"files": [file.describe() for file in (*past, log)]}
+        files = [*past, log]
+        read = {os.path.basename(file.path) for file in files}
+        beside = await asyncio.to_thread(unrecognised_names, self.follower.path, read)
+        return {
+            "files": [file.describe() for file in files],
+            "unrecognised": [file_name(name) for name in beside],
+            "log": about,
+            "server": {
+                "version": VERSION,
+                "has_file_events": self.follower.has_file_events,
+                "interval": self.follower.interval_s,
+                "can_search": await asyncio.to_thread(can_search),
+                "unpacks": list(COMPRESSED),
+                "max_unpacked": MAX_FILE_BYTES,
+                "max_files": MAX_ROTATED,
+            },
+        }
+
+    def look_at_log(
+        self, current: LogFile, cancelled: threading.Event
+    ) -> tuple[PastFile, dict[str, Any]]:
+        """Return the log as one of the files, and what else a person may ask about it."""
+        status = current.status()
+        time_format = detect_time_format(current, self.zone)
+        span = times_at_ends(current, time_format, cancelled)
+        key, size = file_key(status), status.st_size
+        log = PastFile(key, self.follower.path, "", current.name, size, *span)
+
+        return log, {
+            "format": time_format.name if time_format else None,
+            "zone": str(self.zone),
+            "encoding": encoding_of(current),
+            "owner": account_name(pwd.getpwuid, status.st_uid),
+            "group": account_name(grp.getgrgid, status.st_gid),
+            "mode": stat.filemode(status.st_mode),
+            "append_only": current.is_append_only(),
+        }
 
     async def file_of(self, context: RequestContext) -> LogFile:
         """Return the file that a request is about, the log if it names none. Raises HTTPError."""
@@ -4434,14 +4516,33 @@ class FileSet:
             if past.generation == generation and past.compressed:
                 return await self.unpacked(past)
             if past.generation == generation:
-                return await run_in_thread(open_past_file, past)
+                return await self.opened(past)
         raise HTTPError(404, "no file of this log has this generation")
+
+    async def opened(self, past: PastFile) -> LogFile:
+        try:
+            return await self.follow_name(open_past_file, past)
+        except OSError as error:
+            status = 404 if isinstance(error, FileNotFoundError) else 422
+            raise HTTPError(status, f"{file_name(past.path)}: {error.strerror}") from None
+
+    async def follow_name(self, work: Work[LogFile], past: PastFile) -> LogFile:
+        """Open a file by its path, or where a rotation put it meanwhile. Raises OSError."""
+        for _ in range(FOLLOWED_RENAMES):
+            with contextlib.suppress(FileNotFoundError):
+                return await run_in_thread(work, past)
+            listed = await self.past_files(self.follower.current)
+            same = [file for file in listed if file.key[:2] == past.key[:2]]
+            past = same[0] if same else past
+        return await run_in_thread(work, past)
 
     async def past_files(self, current: LogFile) -> list[PastFile]:
         async with self.listing:
             return await run_in_thread(self.look, current)
 
-    def look(self, current: LogFile, cancelled: threading.Event) -> list[PastFile]:
+    def look(
+        self, current: LogFile, cancelled: threading.Event, looks: int = FOLLOWED_RENAMES
+    ) -> list[PastFile]:
         """Return the rotated files, the oldest first. What is known is not read again."""
         log = file_key(current.status())
         found: dict[FileKey, RotatedName | None] = {log: None}
@@ -4466,9 +4567,16 @@ class FileSet:
                 files[key] = self.examine(name, key, file, taken, cancelled)
                 taken.add(files[key].generation)
 
+        current_log = files.pop(log)
+        paths = {key[:2]: file.path for key, file in files.items()}
+        moved = (file_identity(path) != identity for identity, path in paths.items())
+        if looks and any(moved):  # a rotation came between: what was read may be of another file
+            return self.look(current, cancelled, looks - 1)
+
         self.known = {key[:2]: file for key, file in files.items()}
         self.heads = {name: head for name, head in self.heads.items() if name in taken}
-        del files[log]
+        # Its times were not read: that is done once it was rotated.
+        self.known[log[:2]] = current_log._replace(key=NOT_READ)
         return list(files.values())
 
     def examine(
@@ -4520,11 +4628,12 @@ class FileSet:
             return job.result()
         except OSError as error:
             why = error.strerror or "is damaged"
-            raise HTTPError(422, f"{file_name(past.path)}: {why}") from None
+            status = 404 if isinstance(error, FileNotFoundError) else 422
+            raise HTTPError(status, f"{file_name(past.path)}: {why}") from None
 
     async def unpack(self, past: PastFile) -> LogFile:
         async with self.places:
-            file = await run_in_thread(unpack_past_file, past)
+            file = await self.follow_name(unpack_past_file, past)
             first, last = await run_in_thread(time_span, file, self.zone)
         if self.known.get(past.key[:2], past).key == past.key:
             known = past._replace(size=file.size, first=first, last=last)
@@ -4543,6 +4652,14 @@ class FileSet:
                 break
             size -= job_bytes(self.unpacking.pop(key))
             del self.used_s[key]
+
+
+def account_name(look_up: Callable[[int], Any], number: int) -> str:
+    """Return the name of a user or group, its number if it has none here."""
+    try:
+        return str(look_up(number)[0])
+    except (KeyError, OSError):
+        return str(number)
 
 
 def file_key(status: os.stat_result) -> FileKey:
@@ -4576,29 +4693,37 @@ def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
 
 
 def open_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
-    """Return a file that is not compressed. Raises HTTPError if it was renamed meanwhile."""
-    try:
-        file = open_log_file(past.path)
-    except OSError as error:
-        raise HTTPError(404, f"{file_name(past.path)}: {error.strerror}") from None
-    if file_key(file.status())[:2] != past.key[:2]:
-        raise HTTPError(503, "the log is being rotated", Retry_After="1")
+    """Return a file that is not compressed. Raises FileNotFoundError if it was renamed."""
+    file = open_log_file(past.path)
+    check_identity(file, past)
     file.name = past.generation
     return file
 
 
+def check_identity(file: LogFile, past: PastFile) -> None:
+    if file.identity != past.key[:2]:
+        raise FileNotFoundError(errno.ENOENT, "it has another name by now", past.path)
+
+
 def unpack_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
-    """Decompress a file into one without a name. Raises OSError."""
-    file = decompress(past.path, MAX_FILE_BYTES, cancelled)
+    """Decompress a file into one without a name. Raises OSError; FileNotFoundError as above."""
+    source = open_log_file(past.path)
+    check_identity(source, past)
+    file = decompress(past.path, MAX_FILE_BYTES, cancelled, source)
     file.name = past.generation
     return file
 
 
 def time_span(
     file: LogFile, zone: datetime.tzinfo, cancelled: threading.Event | None = None
-) -> tuple[float | None, float | None]:
+) -> TimeSpan:
+    return times_at_ends(file, detect_time_format(file, zone), cancelled)
+
+
+def times_at_ends(
+    file: LogFile, time_format: TimeFormat | None, cancelled: threading.Event | None = None
+) -> TimeSpan:
     """Return the first and the last time in a file, as far as they stand near its ends."""
-    time_format = detect_time_format(file, zone)
     if not time_format:
         return None, None
 
@@ -6641,7 +6766,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve_log(options: Options) -> int:
-    page = read_page()
+    # The page reads stamps without a zone as the server does.
+    page = read_page().replace(b'data-zone="UTC"', b'data-zone="%b"' % str(options.zone).encode())
     access = AccessControl(options, page)
     if access.generated and options.reuse_port:
         argument_parser().error("--reuse-port needs a token that all processes know")
@@ -6673,7 +6799,8 @@ def demo_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def parse_options(argv: list[str] | None) -> Options:
-    options = Options(**vars(argument_parser().parse_args(argv)))
+    arguments = join_signed_zone(sys.argv[1:] if argv is None else argv)
+    options = Options(**vars(argument_parser().parse_args(arguments)))
     own_log = options.append is not None or options.verify is not None
     line = options.append or ""
 
@@ -6692,6 +6819,16 @@ def parse_options(argv: list[str] | None) -> Options:
         if applies:
             argument_parser().error(sentence)
     return options
+
+
+def join_signed_zone(arguments: list[str]) -> list[str]:
+    """Return them with `--zone -05:00` as one, which argparse takes for two options otherwise."""
+    kept: list[str] = []
+    for argument in arguments:
+        if kept[-1:] == ["--zone"] and re.match(r"-\d", argument):
+            argument = f"{kept.pop()}={argument}"
+        kept.append(argument)
+    return kept
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -104,6 +104,7 @@ STATES: dict[str, Callable[[ChromiumPage], None]] = {
     "range": ranged,
     "menu": lambda page: click(page, "Menu"),
     "help": lambda page: page.press("?"),
+    "about": lambda page: page.press("i"),
 }
 SIZES = {"telephone": (360, 640), "4k": (3840, 2160), "zoom-400": (320, 256)}
 

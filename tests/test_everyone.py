@@ -64,6 +64,7 @@ STATES: dict[str, Callable[[Page], None]] = {
     "no match": lambda page: search(page, "zzz"),
     "menu": lambda page: click(page, "Menu"),
     "help": lambda page: page.press("Escape", "?"),
+    "about": lambda page: page.press("Escape", "i"),
     "message": say_nonsense,
 }
 
@@ -234,6 +235,7 @@ def test_help_is_on_question_mark_and_every_key_has_a_button(
         "Previous error",
         "Next error",
         "Export",
+        "About",
         "Keys",
     ):
         assert name in names

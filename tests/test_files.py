@@ -158,6 +158,7 @@ def test_a_renamed_and_a_packed_file_stay_themselves(serve, log):
     eventually(lambda: files_of(server)[-1]["generation"] not in [f["generation"] for f in once])
 
     assert [file["generation"] for file in once[:-1]] == list(before.values())
+    assert (once[-2]["first"], once[-2]["last"]) == (1_766_000_150, 1_766_000_199)
     for data, generation in before.items():
         assert bytes_of(server, generation) == data
     assert [file["generation"] for file in files_of(server)[:-1]] == [
@@ -317,6 +318,31 @@ def test_of_many_packed_files_only_some_stay_unpacked(serve, log):
     assert open_copies(server) <= 16
 
 
+def test_a_file_that_is_renamed_while_it_waits_to_be_unpacked_is_still_itself(serve, log):
+    append(log, lines(3))
+    for number in range(1, 6):
+        own = f"{number}\n" * (60_000_000 if number < 3 else 1000)
+        Path(f"{log}.{number}.gz").write_bytes(gzip.compress(own.encode(), 1))
+    server = serve(log, "--rate-limit", 0, dev=False)
+    files = [file for file in files_of(server) if file["packed"]]
+    copies = open_copies(server)
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        large = [
+            pool.submit(ask, server, "/api/audit", generation=file["generation"])
+            for file in files[3:]
+        ]
+        eventually(lambda: open_copies(server) == copies + 2)  # both places are taken
+        waiting = [pool.submit(bytes_of, server, file["generation"]) for file in files[:3]]
+        time.sleep(0.1)
+        shift(log)
+        append(log, lines(1))
+        told = [each.result() for each in waiting]
+        assert [each.result()[0] for each in large] == [200, 200]
+
+    assert told == [f"{number}\n".encode() * 1000 for number in (5, 4, 3)]
+
+
 def test_reading_goes_on_while_the_log_is_rotated_twice(serve, log):
     past_of(log, 11, packed=range(3, 12), size=8000)
     server = serve(log, "--rate-limit", 0, "--interval", 0.2, dev=False)
@@ -331,3 +357,50 @@ def test_reading_goes_on_while_the_log_is_rotated_twice(serve, log):
         read.append(bytes_of(server, file["generation"]))
 
     assert b"".join(read).decode() == entries(12 * 8000, 0)
+
+
+def test_what_may_be_asked_about_the_log_is_what_stat_and_lsattr_say(serve, log):
+    log.write_bytes(entries(3, 0).encode() + "Köln, Zürich\n".encode("latin-1"))
+    log.chmod(0o640)
+    server = serve(log, "--zone", "Europe/Berlin")
+
+    told = json.loads(server.get("/api/files")[2])["log"]
+
+    owner, group, mode = said("stat", "-c", "%U %G %A", log).split()
+    assert (told["owner"], told["group"], told["mode"]) == (owner, group, mode)
+    assert told["format"] == "ISO 8601" and told["zone"] == "Europe/Berlin"
+    assert "Latin-1" in told["encoding"] and told["append_only"] in (False, None)
+
+
+def test_a_log_that_can_only_grow_is_told_as_such(serve, log):
+    append(log, lines(3))
+    if subprocess.run(["chattr", "+a", log], capture_output=True).returncode:
+        pytest.skip("no file here can be made append-only")
+    try:
+        server = serve(log)
+        told = json.loads(server.get("/api/files")[2])["log"]
+        flags = said("lsattr", log).split()[0]
+    finally:
+        subprocess.run(["chattr", "-a", log], check=True)
+
+    assert told["append_only"] is True and "a" in flags
+
+
+def test_names_that_are_not_recognised_are_listed_and_not_guessed_at(serve, log):
+    past_of(log, 2, packed=(2,))
+    own = log.name
+    stem = log.stem
+    odd = [f"{own}.bak", f"{own}.3.zst", f"{own}~", f"{stem}-old{log.suffix}", f"{own}.4"]
+    for name in (*odd[:-1], "OTHER.log", f"{stem}2.log"):
+        (log.parent / name).write_text("2025-01-01 00:00:00 not of this log\n")
+    os.mkfifo(log.parent / odd[-1])
+    server = serve(log)
+
+    answer = json.loads(server.get("/api/files")[2])
+
+    assert answer["unrecognised"] == sorted(odd)
+    assert len(answer["files"]) == 3
+
+
+def said(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -164,7 +164,7 @@ def test_append_does_not_create_what_a_link_points_at(log, tmp_path):
 # options
 
 
-@pytest.mark.parametrize("zone", ["UTC", "Z", "+01:00", "-0330", "Europe/Berlin"])
+@pytest.mark.parametrize("zone", ["UTC", "Z", "+01:00", "-0330", "-05:00", "Europe/Berlin"])
 def test_time_zones_that_are_taken(zone, serve, log):
     append(log, lines(1))
 
@@ -176,7 +176,10 @@ def test_time_zones_that_are_taken(zone, serve, log):
 @pytest.mark.parametrize(
     "options",
     [
-        *(("--zone", zone) for zone in ("", "Mars", "+25:00", "+01:60", "Europe", "../etc/passwd")),
+        *(
+            ("--zone", zone)
+            for zone in ("", "Mars", "+25:00", "-25:00", "+01:60", "Europe", "../etc/passwd")
+        ),
         *(("--anchor", value) for value in ("-1", "nan", "1e9", "x")),
         *(("--expect-every", value) for value in ("0", "-3", "x")),
         *(("--port", value) for value in ("+1", " 1", "1_0", "１")),

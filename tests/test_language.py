@@ -499,14 +499,14 @@ def test_random_times_are_read_as_gnu_date_writes_them(serve, log):
 
 
 @pytest.mark.parametrize(
-    "zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "+05:30"]
+    "zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "+05:30", "-05:00"]
 )
 def test_times_without_a_zone_are_in_that_of_the_option(zone, serve, log):
     moments = random_moments(random.Random(zone), 300, 900)
-    place = {"+05:30": "XXX-05:30"}.get(zone, zone)
+    place = {"+05:30": "XXX-05:30", "-05:00": "XXX+05:00"}.get(zone, zone)
     lines = gnu_date(*(f"@{moment}" for moment in moments), form="%F %T.%3N", zone=place)
     append(log, "\n".join(lines) + "\n")
-    server = serve(log, f"--zone={zone}")
+    server = serve(log, "--zone", zone)
 
     points = timeline(server, log.stat().st_size)["points"]
     code = "const format = detectTimeFormat(input[0], input[1]); return input[0].map((line) => format.timeOf(line))"

@@ -1,5 +1,6 @@
 """Reading: long lines, fields, colours, times, wrapping, and what is around a line."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from browsers import Page
@@ -191,12 +192,45 @@ def test_a_silence_a_stamp_that_goes_back_and_one_in_the_future_are_marked(
         "2025-12-17T13:30:00Z",
         "2025-12-17T12:00:00Z",
         "2099-01-01T00:00:00Z",
+        "2099-01-01T00:00:01Z",
+        "2025-12-17T12:00:02Z",
     ]
     write(log, [f"[{stamp}] entry" for stamp in stamps])
     page = watch(serve(log).url)
-    page.wait(f"{LINES}.length === 4")
+    page.wait(f"{LINES}.length === 6")
 
-    notes = page.js(f"{LINES}.map(line => line.dataset.note || '')")
+    seams = page.js(
+        "[...document.querySelectorAll('.seam')].map(seam => seam.dataset.kind + seam.textContent)"
+    )
+    below = page.js("[...document.querySelectorAll('.seam + .line')].map(line => line.textContent)")
 
-    assert notes[:3] == ["", "after 5 h of silence", "1 h back"]
-    assert notes[3].endswith("in the future")
+    assert below == [f"[{stamp}] entry" for stamp in (*stamps[1:4], stamps[5])]
+    assert seams[:2] == ["silence5 h without an entry", "clockThe stamps go back by 1 h here."]
+    assert seams[2].startswith("clockStamped ") and seams[2].endswith(" days in the future:")
+    assert seams[3].startswith("clockThe stamps go back by ")
+
+
+def test_an_entry_every_two_hours_scrolls_without_a_line_missing(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    begin = datetime(2024, 1, 1, tzinfo=UTC)
+    moments = [begin + timedelta(hours=2 * number) for number in range(3000)]
+    write(log, [f"[{at.isoformat()[:19]}Z] entry {number}" for number, at in enumerate(moments)])
+    page = watch(serve(log).url)
+    page.wait(f"{LINES}.length > 100")
+    numbers = f"{LINES}.map(line => Number(line.textContent.split(' ').pop()))"
+    seen: set[int] = set()
+
+    for _ in range(100):
+        shown = page.js(numbers)
+        assert shown == list(range(shown[0], shown[0] + len(shown)))
+        above = page.js(f"{BOX}.scrollTop")
+        assert above > 3000 or shown[0] == 0 or not seen
+        seen.update(shown)
+        if 0 in seen:
+            break
+        page.js(f"{BOX}.scrollBy(0, -3000)")
+        frames(page, 4)
+
+    assert seen == set(range(3000))
+    assert page.js("document.querySelectorAll('.seam[data-kind=silence]').length") > 50

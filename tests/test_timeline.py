@@ -157,3 +157,26 @@ def test_a_stamp_of_another_century_stretches_no_timeline(
         page.js(f"document.querySelector('#timeline').dispatchEvent({move}) || 1")
 
         page.wait(f"{READOUT}.startsWith('2025-12-01 {hour}:')")
+
+
+TICKS = "[...document.querySelectorAll('#ticks span')].map(tick => tick.textContent)"
+SECONDS = f"({PATH}.match(/M[\\d.]+/g) || []).map(bar => Math.round(bar.slice(1) * 60 / 1000))"
+
+
+@pytest.mark.parametrize("stamps", [[0], [0, 0, 1, 1, 3, 5, 6, 6, 6], [0, 40], [*[0] * 300, 9, 9]])
+def test_in_a_log_of_some_seconds_bars_stand_only_where_lines_are(
+    serve: Serve, log: Path, watch: Watch, stamps: list[int]
+) -> None:
+    begin = BEGIN.replace(second=45, minute=17)
+    moments = [(begin + timedelta(seconds=second)).isoformat()[:19] for second in stamps]
+    write(log, [f"[{at}Z] ERROR entry {number}" for number, at in enumerate(moments)])
+    page = watch(serve(log).url)
+
+    page.wait(f"/M/.test({PATH.format('errorBars')})")
+
+    expected = sorted(set(stamps))
+    for series in ("bars", "errorBars"):
+        assert page.js(SECONDS.format(series)) == expected
+    ticks = page.js(TICKS)
+    assert ticks[:2] == ["00:17:45", "00:17:57"] and len(set(ticks)) == len(ticks) == 6
+    assert page.js(PATH.format("breaks")) == ""
