@@ -22,8 +22,8 @@ Invariants
   4  A live viewer has no position of its own (None): all of them are at Broadcaster.position.
      It has none either before its first message, and after it left.
   5  A cursor covers only bytes that were sent. It proves itself by the 4 KiB before it.
-  6  One event loop. What runs in a thread gets arguments and returns values. It touches nothing
-     else, apart from a Checker, which one thread has at a time.
+  6  One event loop. What runs in a thread gets arguments and returns values. It changes nothing
+     else, apart from a Checker and what a FileSet knows, which one thread has at a time.
 
 Glossary
   generation  one life of the log; a rename, truncation or rewrite begins the next one
@@ -3069,7 +3069,7 @@ def text_frame(payload: bytes) -> bytes:
 # ---- 6 HTTP --------------------------------------------------------------------------------------
 # From a request to its answer: context, access, route, common headers. Owns nothing.
 
-HISTORY = ("/api/audit", "/api/search", "/api/counts", "/api/timeline", "/api/seek", "/api/files")
+LOG_PATHS = ("/api/audit", "/api/search", "/api/counts", "/api/timeline", "/api/seek", "/api/files")
 PROOF = {"/api/receipt": "GET, HEAD", "/api/review": "POST", "/api/record": "POST"}
 
 
@@ -3204,7 +3204,7 @@ async def route(site: Site, context: RequestContext) -> Response:
         if "origin" in context.query:  # a page asks why its WebSocket was refused
             check_room(context.connection.connections)
         raise HTTPError(426, "this address speaks WebSocket", Upgrade="websocket")
-    if path in ("/healthz", *HISTORY, *PROOF):
+    if path in ("/healthz", *LOG_PATHS, *PROOF):
         try:
             return await cancel_on_disconnect(context.connection, log_response(site, context))
         except OSError as error:
@@ -3231,7 +3231,7 @@ async def log_response(site: Site, context: RequestContext) -> Response:
     if not context.connection.connections.reserve(context.connection, MIB):
         raise busy()
     response = await site.history.respond(file, context)
-    site.proof.history.note(context, response)
+    site.proof.reads.note(context, response)
     return response
 
 
@@ -3772,7 +3772,8 @@ def record_access(event: str, **fields: object) -> None:
 
 # ---- 8 History -----------------------------------------------------------------------------------
 # Answers questions about a whole file, the log or a rotated one: ranges, search, counts, times.
-# Owns the places of searches and scans, and the threads that feed greps and read what they find.
+# Owns the places of searches and scans, the threads that feed greps and read what they find, and
+# the rotated files that were unpacked.
 
 FEED_BYTES = 256 * KIB  # one read of the log, on its way to grep
 MAX_LINE = MIB  # longer lines are not searched: grep would hold them in memory
@@ -4454,9 +4455,9 @@ class FileSet:
 
     def __init__(self, follower: LogFollower, zone: datetime.tzinfo) -> None:
         self.follower, self.zone = follower, zone
+        self.listing = asyncio.Lock()  # who has it may change these two: a look, in a thread
         self.known: dict[tuple[int, int], PastFile] = {}  # by device and inode
         self.heads: dict[str, bytes] = {}  # the first bytes of each generation, by its name
-        self.listing = asyncio.Lock()
         self.places = asyncio.Semaphore(2)
         self.unpacking: dict[FileKey, asyncio.Task[LogFile]] = {}
         self.used_s: dict[FileKey, float] = {}
@@ -4635,9 +4636,10 @@ class FileSet:
         async with self.places:
             file = await self.follow_name(unpack_past_file, past)
             first, last = await run_in_thread(time_span, file, self.zone)
-        if self.known.get(past.key[:2], past).key == past.key:
-            known = past._replace(size=file.size, first=first, last=last)
-            self.known[past.key[:2]] = known
+        async with self.listing:
+            if self.known.get(past.key[:2], past).key == past.key:
+                known = past._replace(size=file.size, first=first, last=last)
+                self.known[past.key[:2]] = known
         return file
 
     def forget_unused(self) -> None:
@@ -5338,7 +5340,7 @@ class Proof:
         self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
         self.announced: tuple[str, str, float] = "", "", 0.0  # state, alarm, and when (monotonic)
         self.grown: tuple[str, int, float] = "", 0, time.time()  # generation, bytes, and when
-        self.history = HistoryRecord()
+        self.reads = ReadRecord()
 
     async def respond(self, file: LogFile, context: RequestContext) -> Response:
         """Answer /api/receipt, /api/review and /api/record."""
@@ -5439,11 +5441,11 @@ class Proof:
             async with asyncio.TaskGroup() as tasks:
                 for work in (self.read_forever, self.anchor_forever, self.watch_silence):
                     tasks.create_task(work())
-                tasks.create_task(self.history.flush_forever())
+                tasks.create_task(self.reads.flush_forever())
                 while True:
                     tasks.create_task(self.finish_generation(*await self.retired.get()))
         finally:
-            self.history.flush()
+            self.reads.flush()
             await self.write_last_anchor()
 
     async def read_forever(self) -> None:
@@ -6008,11 +6010,11 @@ def write_alarm(sentence: str) -> None:
 # -- who read the log --
 
 
-class HistoryRecord:
-    """What clients read of the past: one line a minute for each."""
+class ReadRecord:
+    """What clients read of a file: one line a minute for each client and generation."""
 
     def __init__(self) -> None:
-        self.ranges: dict[tuple[str, str], list[ByteRange]] = {}
+        self.ranges: dict[tuple[str, str, str], list[ByteRange]] = {}  # client, name, and file
         self.queries: set[tuple[str, ...]] = set()
 
     def note(self, context: RequestContext, response: Response) -> None:
@@ -6034,11 +6036,11 @@ class HistoryRecord:
 
     def note_range(self, context: RequestContext, content_range: str) -> None:
         start, last = map(int, re.findall(r"\d+", content_range)[:2])
-        who = context.client, context.user
-        ranges = self.ranges.setdefault(who, [])
+        whose = context.client, context.user, context.query.get("generation", "")
+        ranges = self.ranges.setdefault(whose, [])
         ranges.append((start, last + 1))
         if len(ranges) > 256:
-            self.ranges[who] = merged(ranges)[:255]
+            self.ranges[whose] = merged(ranges)[:255]
         if len(self.ranges) > 1000:
             self.flush()
 
@@ -6046,11 +6048,12 @@ class HistoryRecord:
         """Write what was read in this minute."""
         everything, self.ranges = self.ranges, {}
         self.queries.clear()
-        for (client, name), ranges in everything.items():
+        for (client, name, generation), ranges in everything.items():
             parts = merged(ranges)
             offsets = ",".join(f"{start}-{end}" for start, end in parts[:16])
             size = sum(end - start for start, end in parts)
-            record_access("read", client=client, name=name, bytes=size, offsets=offsets)
+            read = {"bytes": size, "offsets": offsets, "generation": generation}
+            record_access("read", client=client, name=name, **read)
 
     async def flush_forever(self) -> None:
         while True:

@@ -359,8 +359,12 @@ def test_what_a_person_did_is_recorded(serve: Serve, log: Path) -> None:
 
 def test_reads_and_searches_are_recorded(serve: Serve, log: Path) -> None:
     append(log, lines(1000))
+    shift(log)
+    append(log, lines(1000, 1000))
     server = serve(log)
+    older = json.loads(server.get("/api/files")[2])["files"][0]["generation"]
 
+    assert server.get(f"/api/audit?generation={older}", Range="bytes=1000-2999")[0] == 206
     for start in (0, 1000, 500, 9000):
         assert server.get("/api/audit", Range=f"bytes={start}-{start + 999}")[0] == 206
     for _ in range(3):
@@ -369,6 +373,8 @@ def test_reads_and_searches_are_recorded(serve: Serve, log: Path) -> None:
 
     assert server.record().count(r'event=search client=127.0.0.1 query="\"entry 1\""') == 1
     assert 'event=read client=127.0.0.1 bytes=3000 offsets="0-2000,9000-10000"' in server.record()
+    older_read = f"event=read client=127.0.0.1 bytes=2000 offsets=1000-3000 generation={older}"
+    assert older_read in server.record()
 
 
 # -- anchors ----
