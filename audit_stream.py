@@ -6618,11 +6618,11 @@ def metrics(site: Site) -> str:
     """Return the text format of Prometheus."""
     broadcaster = site.broadcaster
     connections, current = broadcaster.connections, broadcaster.follower.current
-    live = len(broadcaster.live)
+    catching_up = sum(viewer.position is not None for viewer in connections.viewers)
     versions = f'version="{VERSION}",websockets="{websockets.version.version}"'
     now = {
-        'viewers{state="live"}': live,
-        'viewers{state="catching_up"}': len(connections.viewers) - live,
+        'viewers{state="live"}': len(broadcaster.live),
+        'viewers{state="catching_up"}': catching_up,
         "answer_bytes": connections.answer_bytes,
         "behind_bytes": max(0, broadcaster.follower.size - current.end),
         "start_time_seconds": START_TIME_S,
