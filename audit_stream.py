@@ -4900,7 +4900,8 @@ def class_pattern(bracketed: str) -> str:
     return body.replace("\0", r"\x00") + stand_ins + "]"
 
 
-# Times. A log states them in one format: a kind of stamp, and where in the line that stands.
+# Times. A log states them in one format: a kind of stamp, and where in the line that stands. The
+# page reads them by the same table (index.html, "Times"): whoever changes one, changes both.
 DAY_S = 86400
 YEAR_S = 365.2425 * DAY_S
 STAMP_BYTES = 100  # a stamp begins within so many bytes of its line
