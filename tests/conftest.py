@@ -19,7 +19,7 @@ from proxies import BELOW, nginx_before
 from several_processes import pytest_runtestloop as pytest_runtestloop
 
 # Firefox does everything with hands; the rest of the page is tried in it by --all.
-IN_BOTH_BROWSERS = ("test_access.py", "test_everyone.py", "test_hands.py", "test_proxy.py")
+IN_BOTH_BROWSERS = ("test_access.py", "test_everyone.py", "test_hands.py")
 WITHOUT_EVENTS = ("test_cuts.py", "test_following.py", "test_order.py")
 
 
@@ -133,7 +133,8 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     with contextlib.ExitStack() as stack:
 
         def start(*servers: Server, **options: Any) -> Server:
-            return stack.enter_context(nginx_before(tmp_path, {BELOW: [*servers]}, **options))(BELOW)
+            behind = stack.enter_context(nginx_before(tmp_path, {BELOW: [*servers]}, **options))
+            return behind(BELOW)
 
         yield start
 
