@@ -139,7 +139,8 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     with contextlib.ExitStack() as stack:
 
         def start(*servers: Server, **options: Any) -> Server:
-            return stack.enter_context(nginx_before(tmp_path, {BELOW: [*servers]}, **options))(BELOW)
+            behind = stack.enter_context(nginx_before(tmp_path, {BELOW: [*servers]}, **options))
+            return behind(BELOW)
 
         yield start
 

@@ -32,9 +32,9 @@ def configuration_of_the_readme(
     """Return what the README says, for these {path: ports} in place of its own."""
     text = (ROOT / "README.md").read_text()
     connections, files = re.findall(r"`(worker_\w+ \d+;)`", text)
-    site = re.search(r"```nginx\n(.*?)```", text, re.DOTALL)[1]
-    upstream = re.search(r"upstream audit \{.*?\n\}\n", site, re.DOTALL)[0]
-    location = re.search(r" +location /audit/ \{.*?\n    \}\n", site, re.DOTALL)[0]
+    (site,) = re.findall(r"```nginx\n(.*?)```", text, re.DOTALL)
+    (upstream,) = re.findall(r"upstream audit \{.*?\n\}\n", site, re.DOTALL)
+    (location,) = re.findall(r" +location /audit/ \{.*?\n    \}\n", site, re.DOTALL)
     (option,) = re.findall(r"\n    server \S+(.*?;)", upstream)
 
     upstreams = locations = ""

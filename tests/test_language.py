@@ -369,6 +369,7 @@ def test_an_empty_query_gets_400(query, serve, log):
 
 def test_the_page_says_how_it_understood_what_is_not_plain_text():
     queries = ['error sshd[1012] "a b"', "!cron", "/a|b/", "!/a|b/", "/foo(/", "rm -rf", "a OR b"]
+    queries += ["al⟨U+034F⟩ice", "^[[31m"]
 
     told = in_page("return input.map((query) => explainTerms(parseQuery(query)))", queries)
 
@@ -380,6 +381,8 @@ def test_the_page_says_how_it_understood_what_is_not_plain_text():
         ["`/foo(/` is text: not a common regular expression"],
         ["`-rf` is text; `!rf` excludes"],
         ["`OR` is text; `/one|other/` finds either"],
+        ["`al⟨U+034F⟩ice` is text; copy the sign itself out of its line"],
+        ["`^[[31m` is text; copy the sign itself out of its line"],
     ]
 
 

@@ -220,6 +220,19 @@ def test_viewers_of_three_replicas_get_every_line_once_while_one_after_the_other
     assert late_s[2] < 1 or sum(reader.waits for reader in readers.readers) > 0
 
 
+def test_a_viewer_for_whom_a_replica_has_no_place_is_sent_on(serve, view, nginx, log):
+    append(log, FIRST)
+    full, other = serve(log, "--max-viewers", 1), serve(log)
+    view(full)
+    behind = nginx(full, other)
+
+    viewers = [view(behind, json=True) for _ in range(6)]
+    added = append(log, "for all of them\n").decode()
+
+    for viewer in viewers:
+        viewer.wait(added)
+
+
 def test_two_logs_below_one_nginx_do_not_log_each_other_out(serve, tmp_path):
     servers, tokens = {}, {}
     for path in ("/one", "/two"):
