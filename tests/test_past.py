@@ -171,6 +171,11 @@ def test_a_damaged_file_is_said_and_passed_over(serve: Serve, tmp_path: Path, wa
     page.wait(
         f"{FIRST}[0] === {entry(EACH * 2)!r} && /app.log.5.gz is damaged and was not read/.test({TOLD})"
     )
+    ask_time(page, "2025-12-02 12:00")
+    page.wait(
+        f"/after 2025-12-02 12:00:00 UTC; app.log.5.gz is damaged and was not searched/.test({TOLD})"
+    )
+    page.wait(f"{HERE} === {entry(EACH * 2)!r}")
     page.press("End", "Escape")
     search(page, "needle")
 
