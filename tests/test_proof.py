@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from harness import Server, Viewer, append, eventually, lines, pack, run, shift
@@ -267,31 +269,61 @@ def test_what_takes_longer_is_collected_later(serve: Serve, log: Path, faults: P
     assert metric(server, "proof_passes_total") == passes
 
 
-def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path, faults: Path) -> None:
-    size = big(log)
-    server = serve(log, "--rate-limit", 0, env=faulty(faults))
+def bytes_read(server: Server) -> int:
+    """By all read calls of the process; what comes from sockets does not count."""
+    return int(Path(f"/proc/{server.process.pid}/io").read_text().split()[1])
+
+
+def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path) -> None:
+    size = big(log, 8 * MIB)
+    server = serve(log, "--rate-limit", 0, "--interval", 60)
     proved(server, size)
-    faults.write_text("slow 0.1")  # each piece: a pass takes over a second
+    before = bytes_read(server)
     waiting = []
 
-    with server.looking_away():  # so that all have asked when the first pass begins
-        for number in range(1000):
-            wanted = f"GET /api/receipt?bytes={size - number % 100} HTTP/1.1\r\n"
-            client = server.connect()
-            client.sendall(f"{wanted}Host: 127.0.0.1:{server.port}\r\n\r\n".encode())
-            waiting.append(client)
+    for number in range(1000):
+        wanted = f"GET /api/receipt?bytes={size - number} HTTP/1.1\r\n"
+        client = server.connect()
+        client.sendall(f"{wanted}Host: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        waiting.append(client)
     answers = []
     for client in waiting:
         with client, client.makefile("rb") as answer:
             answers.append(answer.read())
-    faults.write_text("")
 
     found = [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers]
     digests = {answer["bytes"]: answer.get("sha256") for answer in found}
-    for number in (0, 50, 99):
+    assert len(digests) == 1000
+    for number in (0, 500, 999):
         assert digests[size - number] == sha256sum(log, size - number)
-    assert len(found) == 1000 and None not in digests.values()
-    assert metric(server, "proof_passes_total") <= 20  # those that came meanwhile share the next
+    read = bytes_read(server) - before
+    assert size <= read < 2.5 * size, f"{read / size} times the log"
+
+
+def test_two_who_ask_one_after_the_other_get_bytes_that_were_read_for_each(
+    serve: Serve, log: Path, faults: Path
+) -> None:
+    size = big(log)
+    server = serve(log, env=faulty(faults))
+    proved(server, size)
+    receipt(server, size)
+    passes = metric(server, "proof_passes_total")
+    faults.write_text("slow 0.1")  # for each piece: a pass takes over a second
+    first: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: first.append(receipt(server, size)))
+
+    asking.start()
+    eventually(lambda: metric(server, "proof_passes_total") > passes)
+    time.sleep(0.3)  # the first pass is behind the first piece
+    with open(log, "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"#", 10_000)
+    hurry = threading.Timer(0.3, faults.write_text, ("",))
+    hurry.start()
+    second = receipt(server, size)
+    asking.join()
+    hurry.join()
+
+    assert second["sha256"] == sha256sum(log, size) != first[0]["sha256"]
 
 
 def test_the_digest_is_over_the_bytes_of_a_hole_too(serve: Serve, log: Path) -> None:
@@ -352,9 +384,26 @@ def test_what_a_person_did_is_recorded(serve: Serve, log: Path) -> None:
     )
 
     assert (status, body) == (204, b"") and headers["Content-Length"] is None
+    assert json.loads(headers["Audit-Stream-Who"]) == "127.0.0.1"
+    assert json.loads(headers["Audit-Stream-Machine"]) == socket.gethostname()
     assert r'event=exported client=127.0.0.1 detail="2 \"files\"\n"' in server.record()
     assert server.get("/api/record?event=else", method="POST")[0] == 400
     assert server.get(f"/api/record?event=accepted&detail={'x' * 501}", method="POST")[0] == 400
+
+
+def test_what_a_browser_found_changed_is_an_alarm_for_the_operator(serve: Serve, log: Path) -> None:
+    append(log, lines(100))
+    server = serve(log)
+    line = receipt(server)["line"]
+    overwrite(log, 100, b"#")
+
+    found = urlencode({"event": "altered", "detail": f"not what it was: {line}"})
+    status, _, _ = server.get(f"/api/record?{found}", method="POST")
+
+    said = "<3>audit_stream: altered: a browser at 127.0.0.1 says: "
+    alarm = next(text for text in server.errors().splitlines() if text.startswith(said))
+    assert status == 204 and json.loads(alarm.removeprefix(said)) == f"not what it was: {line}"
+    assert verify(log, alarm)[0] == 1
 
 
 def test_reads_and_searches_are_recorded(serve: Serve, log: Path) -> None:
@@ -397,6 +446,54 @@ def test_the_stop_is_anchored(serve: Serve, log: Path) -> None:
     server.stop()
 
     assert [one[4] for one in receipts_in(server.output())] == [sha256sum(log)] and view_size
+
+
+def test_the_stop_of_a_large_log_is_anchored(serve: Serve, log: Path, faults: Path) -> None:
+    size = big(log, 64 * MIB)
+    server = serve(log, env=faulty(faults))
+    proved(server, size)
+    end = size + len(append(log, lines(5)))
+    eventually(lambda: metric(server, "behind_bytes") == 0)
+    faults.write_text("slow 0.02")  # for each piece: a pass takes five seconds
+
+    begun = time.monotonic()
+    server.stop()
+
+    assert time.monotonic() - begun < 2
+    (line,) = receipts_in(server.output())
+    assert line[2:5] == (head_of(log, end), str(end), sha256sum(log))
+
+
+def test_a_stop_while_a_large_file_is_sealed_still_seals_it(
+    serve: Serve, view: View, log: Path, faults: Path
+) -> None:
+    size = big(log, 64 * MIB)
+    server = serve(log, env=faulty(faults))
+    viewer = view(server, json=True)
+    proved(server, size)
+    faults.write_text("slow 0.02")
+    shift(log)
+    append(log, lines(10, 10**6))
+    viewer.wait(lambda viewer: viewer.of("generation"))
+
+    server.stop()
+
+    sealed, last = receipts_in(server.output())
+    assert sealed[3:5] == (str(size), sha256sum(Path(f"{log}.1"))) and sealed[6] == "sealed_before"
+    assert last[4] == sha256sum(log)
+
+
+def test_a_stop_before_all_was_read_anchors_what_was(serve: Serve, log: Path, faults: Path) -> None:
+    size = big(log, 64 * MIB)
+    faults.write_text("slow 0.02")
+    server = serve(log, env=faulty(faults))
+    eventually(lambda: metric(server, "proof_known_bytes") > 2 * MIB)
+
+    server.stop()
+
+    (line,) = receipts_in(server.output())
+    assert 2 * MIB < int(line[3]) < size
+    assert line[4] == sha256sum(log, int(line[3]))
 
 
 def test_without_anchors_there_are_none(serve: Serve, log: Path) -> None:
