@@ -5098,7 +5098,8 @@ class Proof:
         self.alarm = ""  # what changed; until somebody accepts it
         self.unreadable = ""
         self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
-        self.announced: tuple[str, str, float] = "", "", 0.0  # state, alarm, and when (monotonic)
+        self.announced: tuple[str, str, LogFile] | None = None  # state, alarm, and of which file
+        self.announced_s = 0.0  # when (monotonic)
         self.grown: tuple[str, int, float] = "", 0, time.time()  # generation, bytes, and when
         self.history = HistoryRecord()
 
@@ -5317,6 +5318,7 @@ class Proof:
             self.unsealed[self.current] = file.name
             self.retired.put_nowait((self.current, file.name))
             self.current = self.checkers.setdefault(file, Checker(file))
+            self.announce()
 
     async def finish_generation(self, checker: Checker, successor: str) -> None:
         """Seal a file that is no longer the log, and see whether it is still what it was."""
@@ -5447,13 +5449,14 @@ class Proof:
         }
 
     def announce(self) -> None:
-        """Tell all viewers: at once if the state is another one, else now and then."""
+        """Tell all viewers: at once if the state or the file is another one, else now and then."""
         message = self.message()
-        news, now = (message["state"], self.alarm), time.monotonic()
+        now_s = time.monotonic()
+        news = message["state"], self.alarm, self.current.file
         pause_s = 10.0 if message["state"] == "unknown" else ANNOUNCE_S
-        if news == self.announced[:2] and now - self.announced[2] < pause_s:
+        if news == self.announced and now_s - self.announced_s < pause_s:
             return
-        self.announced = *news, now
+        self.announced, self.announced_s = news, now_s
         self.broadcaster.broadcast_json(message)
 
     def message(self) -> dict[str, Any]:

@@ -528,6 +528,25 @@ def test_a_rotation_seals_the_old_generation(serve: Serve, view: View, log: Path
     assert not altered(server)
 
 
+def test_after_a_rotation_all_are_told_about_the_new_file(
+    serve: Serve, view: View, log: Path
+) -> None:
+    size = len(append(log, lines(1000)))
+    server = serve(log)
+    viewer = view(server, json=True)
+    proved(server, size)
+    shift(log)
+    append(log, lines(10, 1000))
+    viewer.wait(lambda viewer: viewer.of("generation"))
+
+    for someone in (viewer, view(server, json=True)):
+        someone.wait(
+            lambda viewer: (
+                viewer.of("proof")[-1:] and viewer.of("proof")[-1]["sha256"] == sha256sum(log)
+            )
+        )
+
+
 def test_a_full_pipe_on_standard_output_stops_nothing(log: Path) -> None:
     append(log, lines(10))
     command = ["--log", str(log), "--port", "0", "--anchor", "0.05", "--interval", "0.05"]
