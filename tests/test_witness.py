@@ -395,6 +395,9 @@ def test_a_receipt_that_is_pasted_is_checked(serve: Serve, log: Path, watch: Wat
     more = paste(page, re.sub(r"bytes=\d+", f"bytes={size + 10_000}", line))
     wrong = paste(page, re.sub("sha256=....", "sha256=0000", line))
 
+    as_json = paste(page, server.get(f"/api/receipt?bytes={size}")[2].decode())
+
+    assert f" holds: the first {size:,} bytes of {log.name}" in as_json
     assert f" holds: the first {size:,} bytes of {log.name}, read again just now. " in holds
     assert f"{added} bytes came after them." in holds
     assert "another log" in other and "not checked" in other
@@ -456,6 +459,14 @@ def test_a_copied_receipt_is_what_verify_takes(serve: Serve, log: Path, watch: W
     page.wait("copied !== ''", timeout=25)
     checked = run("--log", log, "--verify", page.js("copied"))
     assert checked.returncode == 0 and "1 holds" in checked.stdout
+
+    page.js("(navigator.clipboard.writeText = async () => { throw new Error(); }, 1)")
+    click(page, "Menu")
+    click(page, "Copy receipt")
+    page.wait("document.activeElement.id === 'pasted' && document.activeElement.selectionEnd > 0")
+    chosen = "(field => field.value.slice(field.selectionStart, field.selectionEnd))"
+    selected = page.js(f"{chosen}(document.activeElement)")
+    assert run("--log", log, "--verify", selected).returncode == 0
 
 
 def test_a_first_visit_claims_nothing(serve: Serve, log: Path, watch: Watch) -> None:
