@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import Browser, Page
+from browsers import Browser, ChromiumPage, Page
 from harness import append, eventually, free_port, lines, pack, run, shift
 from page_actions import (
     LINES,
@@ -361,6 +361,26 @@ def test_an_empty_log_is_never_green(serve: Serve, log: Path, watch: Watch) -> N
     page.wait(f"{PROOF_STATE} === 'ok'")
 
 
+def test_a_browser_that_keeps_nothing_is_a_first_visit_each_time(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    append(log, lines(400))
+    server = serve(log, "--interval", 0.2)
+    page = watch(server.url)
+    if not isinstance(page, ChromiumPage):
+        pytest.skip("only Chromium is told what to run before the page")
+    forbidden = (
+        "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no'); } })"
+    )
+    page.cdp("Page.addScriptToEvaluateOnNewDocument", source=forbidden)
+
+    for _ in range(2):
+        page.goto(server.url)
+        page.wait(f"{LINES}.length > 5 && {PROOF_STATE} === 'ok'")
+        page.js("new Promise(done => setTimeout(done, 4000))")  # it would be remembered by now
+        assert page.js(ALARM) == "" and not page.js(UNCHANGED) and page.js(SHOWS) == "live"
+
+
 # -- receipts that a person keeps ----
 
 
@@ -426,7 +446,7 @@ def test_a_pasted_receipt_finds_its_file_or_says_that_it_is_gone(
 
     assert f"bytes of {log.name}.1, read again just now" in rotated
     assert "can no longer be checked. Its file is gone, together with all that is older" in gone
-    assert f"does not hold: Its file is gone, although {log.name}.2 has what is older" in middle
+    assert f"does not hold. Its file is gone, although {log.name}.2 has what is older" in middle
 
 
 def test_a_receipt_in_the_filter_is_checked_and_filters_nothing(
