@@ -278,7 +278,7 @@ def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path) -> Non
     size = big(log, 8 * MIB)
     server = serve(log, "--rate-limit", 0, "--interval", 60)
     proved(server, size)
-    before = bytes_read(server)
+    before, begun = bytes_read(server), time.monotonic()
     waiting = []
 
     for number in range(1000):
@@ -292,6 +292,7 @@ def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path) -> Non
         with client, client.makefile("rb") as answer:
             answers.append(answer.read())
 
+    took = time.monotonic() - begun
     found = [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers]
     digests = {answer["bytes"]: answer.get("sha256") for answer in found}
     assert len(digests) == 1000
@@ -299,7 +300,8 @@ def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path) -> Non
         digest = digests[size - number] or receipt(server, size - number)["sha256"]
         assert digest == sha256sum(log, size - number)
     read = bytes_read(server) - before
-    assert size <= read < 2.5 * size, f"{read / size} times the log"
+    passes = 2 + took // 4  # a crowd is waited for at most so long: a busy machine takes longer
+    assert size <= read < (passes + 0.5) * size, f"{read / size} times the log in {took} s"
 
 
 def test_two_who_ask_one_after_the_other_get_bytes_that_were_read_for_each(
