@@ -351,6 +351,25 @@ def test_what_cannot_be_compared_is_unknown_and_stays_remembered(
     page.wait(UNCHANGED, timeout=25)
 
 
+@pytest.mark.slow
+def test_what_can_never_be_compared_may_be_forgotten(serve: Serve, log: Path, watch: Watch) -> None:
+    page, port, server = visited(serve, log, lambda url: watch(url, trouble=True))
+    server.stop()
+    shift(log)
+    Path(f"{log}.1").rename(f"{log}.1.gz")  # not packed at all
+    append(log, "".join(map(LATER.format, range(20))))
+
+    server = serve(log, "--interval", 0.2, port=port)
+    page.goto(server.url)
+    page.wait(f"/^Twice what you saw/.test({TOLD})", timeout=40)
+    click(page, "Forget it")
+
+    page.wait(f"{PROOF_STATE} === 'ok'")
+    said = eventually(lambda: [line for line in server.record() if "event=accepted" in line])
+    assert "sha256=" in said[0]
+    page.wait(KEPT, timeout=25)
+
+
 def test_an_empty_log_is_never_green(serve: Serve, log: Path, watch: Watch) -> None:
     log.touch()
     page = watch(serve(log, "--interval", 0.2).url)
