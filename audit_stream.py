@@ -5090,8 +5090,7 @@ class Proof:
         self.current = Checker(follower.current)
         self.checkers = {self.current.file: self.current}
         self.retired: asyncio.Queue[tuple[Checker, str]] = asyncio.Queue()
-        self.unfinished: set[Checker] = set()  # of rotated files that may still be written to
-        self.unsealed: dict[Checker, str] = {}  # those without a last anchor, and what came next
+        self.unfinished: dict[Checker, str] = {}  # files that may still grow, and what came next
         self.tickets: dict[tuple[object, ...], Wanted] = {}  # what a later request may collect
         self.somebody_waits = asyncio.Event()
 
@@ -5314,8 +5313,7 @@ class Proof:
         """Notice that the follower went on in another file; call it at each generation."""
         file = self.follower.current
         if file is not self.current.file:
-            self.unfinished.add(self.current)
-            self.unsealed[self.current] = file.name
+            self.unfinished[self.current] = file.name
             self.retired.put_nowait((self.current, file.name))
             self.current = self.checkers.setdefault(file, Checker(file))
             self.announce()
@@ -5323,32 +5321,29 @@ class Proof:
     async def finish_generation(self, checker: Checker, successor: str) -> None:
         """Seal a file that is no longer the log, and see whether it is still what it was."""
         try:
-            sealed = await self.seal(checker, successor)
+            await self.seal(checker, successor)
             await asyncio.sleep(CONFIRM_S)
             await self.judge_retired(checker)
             await asyncio.sleep(LATE_LINES_S)
-            while checker.file.end > sealed:
-                sealed = await self.seal(checker, successor)
+            while checker.file.end > checker.sealed_end:
+                await self.seal(checker, successor)
                 await asyncio.sleep(LATE_LINES_S)
         except OSError as error:
             logger.warning("the rotated file cannot be checked: %s", error.strerror)
-        finally:
-            self.unfinished.discard(checker)
+        self.unfinished.pop(checker, None)  # not at the stop: it may have to be sealed then
 
-    async def seal(self, checker: Checker, successor: str) -> int:
-        """Write the last anchor of a generation; return how many bytes it covers."""
+    async def seal(self, checker: Checker, successor: str) -> None:
+        """Write the last anchor of a generation."""
         file, end = checker.file, checker.file.end
-        if not end or not self.anchor_s or not file.is_unchanged():
-            self.unsealed.pop(checker, None)
-            return end
-        digest = await self.ask(file, end).future
+        digest = None
+        if end and self.anchor_s and file.is_unchanged():
+            digest = await self.ask(file, end).future
         self.write_seal(checker, end, digest, successor)
-        return end
 
     def write_seal(
         self, checker: Checker, end: int, digest: Digest | None, successor: str
     ) -> None:
-        self.unsealed.pop(checker, None)
+        checker.sealed_end = end
         if digest and not checker.changes:
             receipt = self.receipt(checker.file, end, digest)
             write_line(receipt._replace(note=f" sealed_before={successor}").line)
@@ -5406,11 +5401,11 @@ class Proof:
             async with asyncio.timeout(LAST_ANCHOR_S):
                 await self.follow()
                 self.on_generation()
-                for checker in (*self.unsealed, self.current):
+                for checker in (*self.unfinished, self.current):
                     await run_in_thread(checker.catch_up)
 
-        for checker, successor in list(self.unsealed.items()):
-            if checker.end == checker.file.end:
+        for checker, successor in self.unfinished.items():
+            if checker.end == checker.file.end > checker.sealed_end:
                 self.write_seal(checker, checker.end, checker.known(), successor)
         current = self.current
         if current.end and self.anchored != (current.file.name, current.end):
@@ -5528,6 +5523,7 @@ class Checker:
 
         self.remembered: Digest | None = None  # of remembered_end bytes, before the first change
         self.remembered_end = 0
+        self.sealed_end = 0  # of its last anchor, once it is no longer the log
         self.touched = 0, 0  # time of change and size at the last look
         self.hurry_blocks = 0  # still to be read at full speed
         self.read_so_far = 0  # of the running pass

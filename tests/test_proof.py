@@ -487,6 +487,24 @@ def test_a_stop_while_a_large_file_is_sealed_still_seals_it(
     assert last[4] == sha256sum(log)
 
 
+def test_a_stop_seals_what_was_written_late(serve: Serve, view: View, log: Path) -> None:
+    append(log, lines(100))
+    server = serve(log, "--interval", 0.2)
+    viewer = view(server, json=True)
+    old = os.open(log, os.O_WRONLY | os.O_APPEND)
+    shift(log)
+    append(log, lines(10, 1000))
+    eventually(lambda: any(one[6] for one in receipts_in(server.output())))
+
+    os.write(old, lines(1, 5000).encode())
+    os.close(old)
+    viewer.wait("entry 00005000")
+    server.stop()
+
+    digests = [one[4] for one in receipts_in(server.output()) if one[6]]
+    assert len(digests) == 2 and digests[1] == sha256sum(Path(f"{log}.1"))
+
+
 def test_a_stop_before_all_was_read_anchors_what_was(serve: Serve, log: Path, faults: Path) -> None:
     size = big(log, 64 * MIB)
     faults.write_text("slow 0.02")
