@@ -16,13 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from harness import Server, Viewer, append, eventually, lines, pack, run, shift
+from harness import Server, Viewer, append, eventually, faulty, lines, pack, run, shift
 
 Serve = Callable[..., Server]
 View = Callable[..., Viewer]
@@ -91,41 +91,6 @@ def big(log: Path, size: int = 3 * MIB) -> int:
     """A log of some MiB; its size."""
     entry = len(lines(1).encode())
     return len(append(log, lines(size // entry)))
-
-
-FAULTS = """
-import os, time
-real = os.pread
-
-def pread(fd, size, offset):
-    data = real(fd, size, offset)
-    with open(os.environ["FAULTS"]) as file:
-        fault = file.read().split()
-    if fault[:1] == ["slow"] and size >= 65536:
-        time.sleep(float(fault[1]))
-    if fault[:1] == ["flip"] and offset <= int(fault[1]) < offset + len(data) and size >= 65536:
-        open(os.environ["FAULTS"], "w").close()
-        at = int(fault[1]) - offset
-        data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-    return data
-
-os.pread = pread
-"""
-
-
-@pytest.fixture
-def faults(tmp_path: Path) -> Iterator[Path]:
-    """What goes wrong when the server reads: `slow SECONDS` for each piece, `flip OFFSET` once."""
-    (tmp_path / "faults").mkdir()
-    (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS)
-    control = tmp_path / "faults" / "now"
-    control.write_text("")
-    yield control
-    control.write_text("")
-
-
-def faulty(control: Path) -> dict[str, str]:
-    return {"PYTHONPATH": str(control.parent), "FAULTS": str(control)}
 
 
 # -- receipts ----

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browsers import Browser, ChromiumPage, Page
-from harness import append, eventually, free_port, lines, pack, run, shift
+from harness import append, eventually, faulty, free_port, lines, pack, run, shift
 from page_actions import (
     LINES,
     SHOWS,
@@ -349,6 +349,22 @@ def test_what_cannot_be_compared_is_unknown_and_stays_remembered(
     damaged.write_bytes(whole)
     page.goto(server.url)
     page.wait(UNCHANGED, timeout=25)
+
+
+def test_while_the_server_reads_again_the_page_says_how_far_it_is(
+    serve: Serve, log: Path, watch: Watch, faults: Path
+) -> None:
+    page, port, server = visited(serve, log, watch, lines(100_000))
+    server.stop()
+    server = serve(log, "--interval", 0.2, port=port, env=faulty(faults))
+    faults.write_text("slow 0.4")
+
+    page.goto(server.url)
+
+    said = f"/^comparing what you saw before: the server reads: .* of 8.7 MB$/.test({PROOF})"
+    page.wait(f"{PROOF_STATE} === 'unknown' && {said}", timeout=40)
+    faults.write_text("")
+    page.wait(f"{UNCHANGED} && {PROOF_STATE} === 'ok'", timeout=25)
 
 
 @pytest.mark.slow
