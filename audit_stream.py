@@ -5095,6 +5095,7 @@ class Proof:
         self.somebody_waits = asyncio.Event()
 
         self.alarm = ""  # what changed; until somebody accepts it
+        self.alarm_receipt = ""  # the line from before that
         self.unreadable = ""
         self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
         self.announced: tuple[str, str, LogFile] | None = None  # state, alarm, and of which file
@@ -5160,9 +5161,11 @@ class Proof:
         if len(detail) > 500:
             raise HTTPError(400, "detail must have at most 500 characters")
 
-        record_access(event, client=context.client, name=context.user, detail=detail)
+        before = self.alarm_receipt if event == "accepted" else ""
+        who = {"client": context.client, "name": context.user}
+        record_access(event, **who, detail=detail, before=before)
         if event == "accepted":
-            self.alarm = ""
+            self.alarm = self.alarm_receipt = ""
             self.announce()
         elif event == "altered":
             write_alarm(f"altered: a browser at {context.client} says: {json.dumps(detail)}")
@@ -5302,7 +5305,7 @@ class Proof:
         """Tell the operator and all viewers; the alarm stays until somebody accepts it."""
         digest = checker.remembered or checker.known()
         before = self.receipt(checker.file, checker.remembered_end or checker.end, digest)
-        self.alarm = self.alarm or sentence
+        self.alarm, self.alarm_receipt = self.alarm or sentence, self.alarm_receipt or before.line
         counters["proof_alarms_total"] += 1
         write_alarm(f"altered: {sentence}; it was: {before.line}")
         self.announce()

@@ -632,7 +632,10 @@ def test_an_alarm_stays_until_somebody_accepts_it(serve: Serve, view: View, log:
     assert server.get("/api/record?event=accepted&detail=redacted", method="POST")[0] == 204
 
     viewer.wait(lambda viewer: viewer.of("proof")[-1]["state"] == "ok")
-    assert 'event=accepted client=127.0.0.1 detail="redacted"' in server.record()
+    said = 'event=accepted client=127.0.0.1 detail="redacted" before='
+    (accepted,) = [line for line in server.record() if line.startswith(said)]
+    alarm = next(line for line in server.errors().splitlines() if line.startswith("<3>"))
+    assert json.loads(accepted.removeprefix(said)) == alarm.partition("it was: ")[2]
 
 
 def test_a_flipped_bit_in_memory_is_cleared_by_the_second_read(
