@@ -273,6 +273,26 @@ def test_an_alarm_is_on_every_tab_until_somebody_accepts_it(
         other.close()
 
 
+@pytest.mark.slow
+def test_an_edit_in_the_file_of_the_first_visit_is_red(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    page, port, server = visited(serve, log, watch)
+    page.goto(server.url)
+    page.wait(UNCHANGED, timeout=25)
+    shift(log)
+    size = len(append(log, LATER.format(1) * 200))
+    page.wait(f"JSON.parse({MEMORY}).bytes === {size}", timeout=40)
+    page.goto("about:blank")
+
+    server.stop()
+    edit(Path(f"{log}.1"))
+    page.goto(serve(log, "--interval", 0.2, port=port).url)
+
+    page.wait(f"{SHOWS} === 'altered'", timeout=25)
+    assert f"bytes of {log.name}.1 are no longer what they were" in page.js(ALARM)
+
+
 def test_the_newest_entry_that_goes_while_somebody_looks_is_red(
     serve: Serve, log: Path, watch: Watch
 ) -> None:
