@@ -5263,9 +5263,12 @@ HURRY_BLOCKS = 64  # in one go, after a change without growth
 CONFIRM_S = 1.5  # from a suspicion to the second read: a rotation takes less
 RECEIPT_S = 5.0  # a receipt that takes longer is collected by a later request
 TICKET_S = 120.0  # and is kept so long for it
-MAX_TICKETS = 2000
+MAX_ASKED = 10_000  # receipts that are waited for, or may still be collected
+ALONE_S = 0.03  # a pass begins so long after it was asked for: others may ask, too
+CROWD_S = 0.4  # if they do, it begins once nobody has come for so long,
+MAX_CROWD_S = 4.0  # or after this time
 LATE_LINES_S = 31.0  # a rotated file that grows later is sealed again
-LAST_ANCHOR_S = 0.3  # of the stop
+LAST_ANCHOR_S = 0.5  # of the stop
 ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
 CLOCK_S = 60.0  # a rotation is noticed, and an entry written, at most so late
 MAX_SHOWN = 100  # failed receipts that --verify names
@@ -5332,14 +5335,16 @@ class Proof:
         self.current = Checker(follower.current)
         self.checkers = {self.current.file: self.current}
         self.retired: asyncio.Queue[tuple[Checker, str]] = asyncio.Queue()
-        self.unfinished: set[Checker] = set()  # of rotated files that are not sealed yet
+        self.unfinished: dict[Checker, str] = {}  # files that may still grow, and what came next
         self.tickets: dict[tuple[object, ...], Wanted] = {}  # what a later request may collect
         self.somebody_waits = asyncio.Event()
 
         self.alarm = ""  # what changed; until somebody accepts it
+        self.alarm_receipt = ""  # the line from before that
         self.unreadable = ""
         self.anchored: tuple[str, int] = "", 0  # generation and bytes of the last anchor
-        self.announced: tuple[str, str, float] = "", "", 0.0  # state, alarm, and when (monotonic)
+        self.announced: tuple[str, str, LogFile] | None = None  # state, alarm, and of which file
+        self.announced_s = 0.0  # when (monotonic)
         self.grown: tuple[str, int, float] = "", 0, time.time()  # generation, bytes, and when
         self.reads = ReadRecord()
 
@@ -5370,15 +5375,18 @@ class Proof:
 
         asker = context.client, context.user, context.path
         key = (*asker, context.query.get("bytes"), file)
-        wanted = self.tickets.get(key) or self.add_ticket(key, file, end)
+        wanted = self.tickets.pop(key, None) or self.ask_for_request(file, end)
         end = wanted.end  # the log may have grown since the first request
-        await asyncio.wait([wanted.future], timeout=RECEIPT_S)
+        try:
+            await asyncio.wait([wanted.future], timeout=RECEIPT_S)
+        finally:
+            if not wanted.future.done():
+                self.keep_ticket(key, wanted)
         if not wanted.future.done():
             progress = {"read": self.checkers[file].progress(wanted), "bytes": end}
             body = json.dumps(progress).encode()
             return make_response(202, body, JSON, Retry_After="2")
 
-        self.tickets.pop(key, None)
         digest = wanted.future.result()
         if digest is None:
             raise HTTPError(416, "the log has fewer bytes than that, or cannot be read")
@@ -5393,25 +5401,37 @@ class Proof:
     def record(self, context: RequestContext) -> Response:
         """Write down what a person did on the page; to accept a change ends the alarm."""
         event, detail = context.query.get("event", ""), context.query.get("detail", "")
-        if event not in ("accepted", "exported"):
-            raise HTTPError(400, "event must be accepted or exported")
+        if event not in ("accepted", "altered", "exported"):
+            raise HTTPError(400, "event must be accepted, altered or exported")
         if len(detail) > 500:
             raise HTTPError(400, "detail must have at most 500 characters")
 
-        record_access(event, client=context.client, name=context.user, detail=detail)
+        before = self.alarm_receipt if event == "accepted" else ""
+        who = {"client": context.client, "name": context.user}
+        record_access(event, **who, detail=detail, before=before)
         if event == "accepted":
-            self.alarm = ""
+            self.alarm = self.alarm_receipt = ""
             self.announce()
+        elif event == "altered":
+            write_alarm(f"altered: a browser at {context.client} says: {json.dumps(detail)}")
+
         response = make_response(204, b"", TEXT)
+        response.headers["Audit-Stream-Who"] = json.dumps(context.user or context.client)
+        response.headers["Audit-Stream-Machine"] = json.dumps(socket.gethostname())
         for header in ("Content-Type", "Content-Length"):  # RFC 9110, section 8.6
             del response.headers[header]
         return response
 
-    def add_ticket(self, key: tuple[object, ...], file: LogFile, end: int) -> Wanted:
-        """Ask for a digest that a later request of the same client may collect."""
-        if len(self.tickets) >= MAX_TICKETS:
+    def ask_for_request(self, file: LogFile, end: int) -> Wanted:
+        asked = sum(len(checker.wanted) for checker in self.checkers.values())
+        if asked + len(self.tickets) >= MAX_ASKED:
             raise HTTPError(503, "too many receipts are asked for", Retry_After="5")
-        wanted = self.tickets[key] = self.ask(file, end)
+        return self.ask(file, end)
+
+    def keep_ticket(self, key: tuple[object, ...], wanted: Wanted) -> None:
+        """Let a later request of the same client collect what nobody waits for now."""
+        if self.tickets.setdefault(key, wanted) is not wanted:
+            return
         loop = asyncio.get_running_loop()
 
         def drop() -> None:
@@ -5419,7 +5439,6 @@ class Proof:
                 del self.tickets[key]
 
         wanted.future.add_done_callback(lambda _: loop.call_later(TICKET_S, drop))
-        return wanted
 
     def ask(self, file: LogFile, end: int) -> Wanted:
         """Join the next pass over a file: what is read from now on."""
@@ -5470,6 +5489,7 @@ class Proof:
         """Serve who waits, or read on at leisure; return the seconds until the next piece."""
         waiting = [checker for checker in self.checkers.values() if checker.wanted]
         if waiting:
+            await gather(waiting[0].wanted)
             await self.serve(waiting[0])
             return 0.0
 
@@ -5531,7 +5551,7 @@ class Proof:
         """Tell the operator and all viewers; the alarm stays until somebody accepts it."""
         digest = checker.remembered or checker.known()
         before = self.receipt(checker.file, checker.remembered_end or checker.end, digest)
-        self.alarm = self.alarm or sentence
+        self.alarm, self.alarm_receipt = self.alarm or sentence, self.alarm_receipt or before.line
         counters["proof_alarms_total"] += 1
         write_alarm(f"altered: {sentence}; it was: {before.line}")
         self.announce()
@@ -5542,35 +5562,40 @@ class Proof:
         """Notice that the follower went on in another file; call it at each generation."""
         file = self.follower.current
         if file is not self.current.file:
-            self.unfinished.add(self.current)
+            self.unfinished[self.current] = file.name
             self.retired.put_nowait((self.current, file.name))
             self.current = self.checkers.setdefault(file, Checker(file))
+            self.announce()
 
     async def finish_generation(self, checker: Checker, successor: str) -> None:
         """Seal a file that is no longer the log, and see whether it is still what it was."""
         try:
-            sealed = await self.seal(checker, successor)
+            await self.seal(checker, successor)
             await asyncio.sleep(CONFIRM_S)
             await self.judge_retired(checker)
             await asyncio.sleep(LATE_LINES_S)
-            while checker.file.end > sealed:
-                sealed = await self.seal(checker, successor)
+            while checker.file.end > checker.sealed_end:
+                await self.seal(checker, successor)
                 await asyncio.sleep(LATE_LINES_S)
         except OSError as error:
             logger.warning("the rotated file cannot be checked: %s", error.strerror)
-        finally:
-            self.unfinished.discard(checker)
+        self.unfinished.pop(checker, None)  # not at the stop: it may have to be sealed then
 
-    async def seal(self, checker: Checker, successor: str) -> int:
-        """Write the last anchor of a generation; return how many bytes it covers."""
+    async def seal(self, checker: Checker, successor: str) -> None:
+        """Write the last anchor of a generation."""
         file, end = checker.file, checker.file.end
-        if not end or not self.anchor_s or not file.is_unchanged():
-            return end
-        digest = await self.ask(file, end).future
+        digest = None
+        if end and self.anchor_s and file.is_unchanged():
+            digest = await self.ask(file, end).future
+        self.write_seal(checker, end, digest, successor)
+
+    def write_seal(
+        self, checker: Checker, end: int, digest: Digest | None, successor: str
+    ) -> None:
+        checker.sealed_end = end
         if digest and not checker.changes:
-            receipt = self.receipt(file, end, digest)
+            receipt = self.receipt(checker.file, end, digest)
             write_line(receipt._replace(note=f" sealed_before={successor}").line)
-        return end
 
     async def judge_retired(self, checker: Checker) -> None:
         """Alarm unless all that was known of a former log is still there, here or in a copy."""
@@ -5618,21 +5643,22 @@ class Proof:
             write_line(receipt.line)
 
     async def write_last_anchor(self) -> None:
-        """Anchor what is new since the last time, if it can be read in no time."""
+        """Anchor what is known, also of a large log: only what is new is read, as time allows."""
         if not self.anchor_s:
             return
-        await self.follow()
-        self.on_generation()
-        if self.is_anchored():
-            return
-
-        file, end = self.current.file, self.current.file.end
-        future = self.ask(file, end).future
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(LAST_ANCHOR_S):
-                await self.serve(self.current)
-        if future.done():
-            self.write_anchor(file, end, future.result())
+                await self.follow()
+                self.on_generation()
+                for checker in (*self.unfinished, self.current):
+                    await run_in_thread(checker.catch_up)
+
+        for checker, successor in self.unfinished.items():
+            if checker.end == checker.file.end > checker.sealed_end:
+                self.write_seal(checker, checker.end, checker.known(), successor)
+        current = self.current
+        if current.end and self.anchored != (current.file.name, current.end):
+            self.write_anchor(current.file, current.end, current.known())
 
     async def watch_silence(self) -> None:
         """Say that the log has been silent for longer than it should."""
@@ -5667,13 +5693,14 @@ class Proof:
         }
 
     def announce(self) -> None:
-        """Tell all viewers: at once if the state is another one, else now and then."""
+        """Tell all viewers: at once if the state or the file is another one, else now and then."""
         message = self.message()
-        news, now = (message["state"], self.alarm), time.monotonic()
+        now_s = time.monotonic()
+        news = message["state"], self.alarm, self.current.file
         pause_s = 10.0 if message["state"] == "unknown" else ANNOUNCE_S
-        if news == self.announced[:2] and now - self.announced[2] < pause_s:
+        if news == self.announced and now_s - self.announced_s < pause_s:
             return
-        self.announced = *news, now
+        self.announced, self.announced_s = news, now_s
         self.broadcaster.broadcast_json(message)
 
     def message(self) -> dict[str, Any]:
@@ -5694,6 +5721,14 @@ class Proof:
         message: dict[str, Any] = {"type": "proof", "state": state, "bytes": bytes_known}
         sha256 = checker.known().sha256 if bytes_known else None
         return message | {"sha256": sha256, "time": now, "detail": detail}
+
+
+async def gather(wanted: list[Wanted]) -> None:
+    """Wait while more of them come, so that one pass serves a crowd."""
+    deadline_s, count = time.monotonic() + MAX_CROWD_S, 0
+    while count < len(wanted) and time.monotonic() < deadline_s:
+        count = len(wanted)
+        await asyncio.sleep(ALONE_S if count == 1 else CROWD_S)
 
 
 class Checkpoint(NamedTuple):
@@ -5737,6 +5772,7 @@ class Checker:
 
         self.remembered: Digest | None = None  # of remembered_end bytes, before the first change
         self.remembered_end = 0
+        self.sealed_end = 0  # of its last anchor, once it is no longer the log
         self.touched = 0, 0  # time of change and size at the last look
         self.hurry_blocks = 0  # still to be read at full speed
         self.read_so_far = 0  # of the running pass
@@ -5786,6 +5822,12 @@ class Checker:
             for _ in range(blocks if self.caught_up else 0):
                 if self.suspect is None and not cancelled.is_set():
                     self.read_known_block(cancelled)
+
+    def catch_up(self, cancelled: threading.Event) -> None:
+        """Read all that is new, at full speed."""
+        with self.lock:
+            while self.end < self.file.end and self.suspect is None and not cancelled.is_set():
+                self.read_new_block(cancelled)
 
     def read_new_block(self, cancelled: threading.Event) -> None:
         """Read up to a block of what was published since."""

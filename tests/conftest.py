@@ -14,7 +14,7 @@ import pytest
 pytest.register_assert_rewrite("harness", "page_actions")  # before they are imported
 
 from browsers import BROWSERS, Browser, Page, unavailable
-from harness import FIRST, TOKEN, Server, Viewer, append
+from harness import FAULTS, FIRST, TOKEN, Server, Viewer, append
 from page_actions import Watch, watching
 from proxies import BELOW, nginx_before
 from several_processes import pytest_runtestloop as pytest_runtestloop
@@ -163,3 +163,14 @@ def window(browser: Browser) -> Iterator[Page]:
     page = browser.page()
     yield page
     page.close()
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Iterator[Path]:
+    """What goes wrong when the server reads: `slow SECONDS` for each piece, `flip OFFSET` once."""
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS)
+    control = tmp_path / "faults" / "now"
+    control.write_text("")
+    yield control
+    control.write_text("")

@@ -627,3 +627,29 @@ def exchange(server: Server, first: bytes, *later: bytes) -> bytes:
         while piece := client.recv(65536):
             answer += piece
     return bytes(answer)
+
+
+# -- reads that fail -------------------------------------------------------------------------------
+
+FAULTS = """
+import os, time
+real = os.pread
+
+def pread(fd, size, offset):
+    data = real(fd, size, offset)
+    with open(os.environ["FAULTS"]) as file:
+        fault = file.read().split()
+    if fault[:1] == ["slow"] and size >= 65536:
+        time.sleep(float(fault[1]))
+    if fault[:1] == ["flip"] and offset <= int(fault[1]) < offset + len(data) and size >= 65536:
+        open(os.environ["FAULTS"], "w").close()
+        at = int(fault[1]) - offset
+        data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    return data
+
+os.pread = pread
+"""
+
+
+def faulty(control: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(control.parent), "FAULTS": str(control)}

@@ -109,6 +109,15 @@ def sections() -> Iterator[tuple[str, list[str], str]]:
     yield name, owned, "\n".join(lines)
 
 
+def test_no_name_is_declared_twice() -> None:
+    declared = re.findall(
+        r"^(?:async )?(?:function|const|let) (\w+)", "\n".join(script()), re.MULTILINE
+    )
+
+    assert len(declared) > 300
+    assert [name for name, count in Counter(declared).items() if count > 1] == []
+
+
 def test_each_object_is_changed_by_its_own_section_alone() -> None:
     found = list(sections())
     owner = {one: name for name, owned, _ in found for one in owned}

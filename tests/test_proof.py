@@ -11,16 +11,18 @@ import json
 import lzma
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
-from harness import Server, Viewer, append, eventually, lines, pack, run, shift
+from harness import Server, Viewer, append, eventually, faulty, lines, pack, run, shift
 
 Serve = Callable[..., Server]
 View = Callable[..., Viewer]
@@ -89,41 +91,6 @@ def big(log: Path, size: int = 3 * MIB) -> int:
     """A log of some MiB; its size."""
     entry = len(lines(1).encode())
     return len(append(log, lines(size // entry)))
-
-
-FAULTS = """
-import os, time
-real = os.pread
-
-def pread(fd, size, offset):
-    data = real(fd, size, offset)
-    with open(os.environ["FAULTS"]) as file:
-        fault = file.read().split()
-    if fault[:1] == ["slow"] and size >= 65536:
-        time.sleep(float(fault[1]))
-    if fault[:1] == ["flip"] and offset <= int(fault[1]) < offset + len(data) and size >= 65536:
-        open(os.environ["FAULTS"], "w").close()
-        at = int(fault[1]) - offset
-        data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-    return data
-
-os.pread = pread
-"""
-
-
-@pytest.fixture
-def faults(tmp_path: Path) -> Iterator[Path]:
-    """What goes wrong when the server reads: `slow SECONDS` for each piece, `flip OFFSET` once."""
-    (tmp_path / "faults").mkdir()
-    (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS)
-    control = tmp_path / "faults" / "now"
-    control.write_text("")
-    yield control
-    control.write_text("")
-
-
-def faulty(control: Path) -> dict[str, str]:
-    return {"PYTHONPATH": str(control.parent), "FAULTS": str(control)}
 
 
 # -- receipts ----
@@ -267,31 +234,65 @@ def test_what_takes_longer_is_collected_later(serve: Serve, log: Path, faults: P
     assert metric(server, "proof_passes_total") == passes
 
 
-def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path, faults: Path) -> None:
-    size = big(log)
-    server = serve(log, "--rate-limit", 0, env=faulty(faults))
+def bytes_read(server: Server) -> int:
+    """By all read calls of the process; what comes from sockets does not count."""
+    return int(Path(f"/proc/{server.process.pid}/io").read_text().split()[1])
+
+
+def test_a_thousand_returning_tabs_cost_one_pass(serve: Serve, log: Path) -> None:
+    size = big(log, 8 * MIB)
+    server = serve(log, "--rate-limit", 0, "--interval", 60)
     proved(server, size)
-    faults.write_text("slow 0.1")  # each piece: a pass takes over a second
+    before, begun = bytes_read(server), time.monotonic()
     waiting = []
 
-    with server.looking_away():  # so that all have asked when the first pass begins
-        for number in range(1000):
-            wanted = f"GET /api/receipt?bytes={size - number % 100} HTTP/1.1\r\n"
-            client = server.connect()
-            client.sendall(f"{wanted}Host: 127.0.0.1:{server.port}\r\n\r\n".encode())
-            waiting.append(client)
+    for number in range(1000):
+        wanted = f"GET /api/receipt?bytes={size - number} HTTP/1.1\r\n"
+        client = server.connect()
+        client.settimeout(60)
+        client.sendall(f"{wanted}Host: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        waiting.append(client)
     answers = []
     for client in waiting:
         with client, client.makefile("rb") as answer:
             answers.append(answer.read())
-    faults.write_text("")
 
+    took = time.monotonic() - begun
     found = [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers]
     digests = {answer["bytes"]: answer.get("sha256") for answer in found}
-    for number in (0, 50, 99):
-        assert digests[size - number] == sha256sum(log, size - number)
-    assert len(found) == 1000 and None not in digests.values()
-    assert metric(server, "proof_passes_total") <= 20  # those that came meanwhile share the next
+    assert len(digests) == 1000
+    for number in (0, 500, 999):  # on a busy machine the first ones may have to come again
+        digest = digests[size - number] or receipt(server, size - number)["sha256"]
+        assert digest == sha256sum(log, size - number)
+    read = bytes_read(server) - before
+    passes = 2 + took // 4  # a crowd is waited for at most so long: a busy machine takes longer
+    assert size <= read < (passes + 0.5) * size, f"{read / size} times the log in {took} s"
+
+
+def test_two_who_ask_one_after_the_other_get_bytes_that_were_read_for_each(
+    serve: Serve, log: Path, faults: Path
+) -> None:
+    size = big(log)
+    server = serve(log, env=faulty(faults))
+    proved(server, size)
+    receipt(server, size)
+    passes = metric(server, "proof_passes_total")
+    faults.write_text("slow 0.1")  # for each piece: a pass takes over a second
+    first: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: first.append(receipt(server, size)))
+
+    asking.start()
+    eventually(lambda: metric(server, "proof_passes_total") > passes)
+    time.sleep(0.3)  # the first pass is behind the first piece
+    with open(log, "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"#", 10_000)
+    hurry = threading.Timer(0.3, faults.write_text, ("",))
+    hurry.start()
+    second = receipt(server, size)
+    asking.join()
+    hurry.join()
+
+    assert second["sha256"] == sha256sum(log, size) != first[0]["sha256"]
 
 
 def test_the_digest_is_over_the_bytes_of_a_hole_too(serve: Serve, log: Path) -> None:
@@ -352,9 +353,26 @@ def test_what_a_person_did_is_recorded(serve: Serve, log: Path) -> None:
     )
 
     assert (status, body) == (204, b"") and headers["Content-Length"] is None
+    assert json.loads(headers["Audit-Stream-Who"]) == "127.0.0.1"
+    assert json.loads(headers["Audit-Stream-Machine"]) == socket.gethostname()
     assert r'event=exported client=127.0.0.1 detail="2 \"files\"\n"' in server.record()
     assert server.get("/api/record?event=else", method="POST")[0] == 400
     assert server.get(f"/api/record?event=accepted&detail={'x' * 501}", method="POST")[0] == 400
+
+
+def test_what_a_browser_found_changed_is_an_alarm_for_the_operator(serve: Serve, log: Path) -> None:
+    append(log, lines(100))
+    server = serve(log)
+    line = receipt(server)["line"]
+    overwrite(log, 100, b"#")
+
+    found = urlencode({"event": "altered", "detail": f"not what it was: {line}"})
+    status, _, _ = server.get(f"/api/record?{found}", method="POST")
+
+    said = "<3>audit_stream: altered: a browser at 127.0.0.1 says: "
+    alarm = next(text for text in server.errors().splitlines() if text.startswith(said))
+    assert status == 204 and json.loads(alarm.removeprefix(said)) == f"not what it was: {line}"
+    assert verify(log, alarm)[0] == 1
 
 
 def test_reads_and_searches_are_recorded(serve: Serve, log: Path) -> None:
@@ -405,6 +423,72 @@ def test_the_stop_is_anchored(serve: Serve, log: Path) -> None:
     assert [one[4] for one in receipts_in(server.output())] == [sha256sum(log)] and view_size
 
 
+def test_the_stop_of_a_large_log_is_anchored(serve: Serve, log: Path, faults: Path) -> None:
+    size = big(log, 64 * MIB)
+    server = serve(log, env=faulty(faults))
+    proved(server, size)
+    end = size + len(append(log, lines(5)))
+    eventually(lambda: metric(server, "behind_bytes") == 0)
+    faults.write_text("slow 0.02")  # for each piece: a pass takes five seconds
+
+    begun = time.monotonic()
+    server.stop()
+
+    assert time.monotonic() - begun < 2
+    (line,) = receipts_in(server.output())
+    assert line[2:5] == (head_of(log, end), str(end), sha256sum(log))
+
+
+def test_a_stop_while_a_large_file_is_sealed_still_seals_it(
+    serve: Serve, view: View, log: Path, faults: Path
+) -> None:
+    size = big(log, 64 * MIB)
+    server = serve(log, env=faulty(faults))
+    viewer = view(server, json=True)
+    proved(server, size)
+    faults.write_text("slow 0.02")
+    shift(log)
+    append(log, lines(10, 10**6))
+    viewer.wait(lambda viewer: viewer.of("generation"))
+
+    server.stop()
+
+    sealed, last = receipts_in(server.output())
+    assert sealed[3:5] == (str(size), sha256sum(Path(f"{log}.1"))) and sealed[6] == "sealed_before"
+    assert last[4] == sha256sum(log)
+
+
+def test_a_stop_seals_what_was_written_late(serve: Serve, view: View, log: Path) -> None:
+    append(log, lines(100))
+    server = serve(log, "--interval", 0.2)
+    viewer = view(server, json=True)
+    old = os.open(log, os.O_WRONLY | os.O_APPEND)
+    shift(log)
+    append(log, lines(10, 1000))
+    eventually(lambda: any(one[6] for one in receipts_in(server.output())))
+
+    os.write(old, lines(1, 5000).encode())
+    os.close(old)
+    viewer.wait("entry 00005000")
+    server.stop()
+
+    digests = [one[4] for one in receipts_in(server.output()) if one[6]]
+    assert len(digests) == 2 and digests[1] == sha256sum(Path(f"{log}.1"))
+
+
+def test_a_stop_before_all_was_read_anchors_what_was(serve: Serve, log: Path, faults: Path) -> None:
+    size = big(log, 64 * MIB)
+    faults.write_text("slow 0.02")
+    server = serve(log, env=faulty(faults))
+    eventually(lambda: metric(server, "proof_known_bytes") > 2 * MIB)
+
+    server.stop()
+
+    (line,) = receipts_in(server.output())
+    assert 2 * MIB < int(line[3]) < size
+    assert line[4] == sha256sum(log, int(line[3]))
+
+
 def test_without_anchors_there_are_none(serve: Serve, log: Path) -> None:
     append(log, lines(100))
     server = serve(log, "--anchor", 0)
@@ -435,6 +519,25 @@ def test_a_rotation_seals_the_old_generation(serve: Serve, view: View, log: Path
     assert line[4] == sha256sum(Path(f"{log}.1"))
     time.sleep(2)
     assert not altered(server)
+
+
+def test_after_a_rotation_all_are_told_about_the_new_file(
+    serve: Serve, view: View, log: Path
+) -> None:
+    size = len(append(log, lines(1000)))
+    server = serve(log)
+    viewer = view(server, json=True)
+    proved(server, size)
+    shift(log)
+    append(log, lines(10, 1000))
+    viewer.wait(lambda viewer: viewer.of("generation"))
+
+    for someone in (viewer, view(server, json=True)):
+        someone.wait(
+            lambda viewer: (
+                viewer.of("proof")[-1:] and viewer.of("proof")[-1]["sha256"] == sha256sum(log)
+            )
+        )
 
 
 def test_a_full_pipe_on_standard_output_stops_nothing(log: Path) -> None:
@@ -535,7 +638,10 @@ def test_an_alarm_stays_until_somebody_accepts_it(serve: Serve, view: View, log:
     assert server.get("/api/record?event=accepted&detail=redacted", method="POST")[0] == 204
 
     viewer.wait(lambda viewer: viewer.of("proof")[-1]["state"] == "ok")
-    assert 'event=accepted client=127.0.0.1 detail="redacted"' in server.record()
+    said = 'event=accepted client=127.0.0.1 detail="redacted" before='
+    (accepted,) = [line for line in server.record() if line.startswith(said)]
+    alarm = next(line for line in server.errors().splitlines() if line.startswith("<3>"))
+    assert json.loads(accepted.removeprefix(said)) == alarm.partition("it was: ")[2]
 
 
 def test_a_flipped_bit_in_memory_is_cleared_by_the_second_read(
