@@ -399,7 +399,8 @@ def test_the_timeline_shows_what_is_in_older_files(
     ends_with(page, entry(LAST))
 
     page.wait(f"{ERRORS} === 'errors 2+'")  # packed files are not unpacked for it
-    page.wait(f"{BARS.format('guessBars')} !== '' && {BARS.format('bars')} !== ''")
+    for series in ("guessBars", "bars", "errorBars"):
+        page.wait(f"/M/.test({BARS.format(series)})")
     left, right = (
         page.js(
             f"Math.{end}(...{BARS.format('errorBars')}.match(/M[\\d.]+/g).map(x => +x.slice(1)))"
