@@ -1,6 +1,7 @@
 """How the page's script is written: one decision a line, and each object has one owner."""
 
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 EXPRESSION = re.compile(r"/(?![*/])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/[a-z]*")
+SPACE = re.compile(r"\s*")
 BEFORE_EXPRESSION = {
     "(",
     ",",
@@ -50,15 +52,15 @@ def tokens(code: str) -> Iterator[tuple[int, str]]:
         if match.re is EXPRESSION or match.lastgroup != "comment":
             last = match[0]
             yield match.start(), last
-        at = match.end()
-        at += len(code) - at - len(code[at:].lstrip())
+        at = SPACE.match(code, match.end()).end()
 
 
 def test_a_line_of_the_page_holds_one_decision() -> None:
     lines = script()
     code = "\n".join(lines).lstrip()
     first = len("\n".join(lines)) - len(code)
-    held = Counter(code.count("\n", 0, at) for at, _ in tokens(code))
+    ends = [at for at, sign in enumerate(code) if sign == "\n"]
+    held = Counter(bisect(ends, at) for at, _ in tokens(code))
     table = re.compile(r"^ {2}[\w\"\[].*[,\]]$|^const [A-Z_]+ = ")
 
     shown = code.split("\n")
