@@ -1,7 +1,8 @@
-"""Several processes share the tests, because a test waits more than it works: two for each core.
+"""Several processes share the tests, because a test waits more than it works: three for each core.
 
-A unit is a file, or what one browser does in it. Each process takes the next unit that is free; the
-results of the others count as if they were of the first. AUDIT_STREAM_TESTS=1 is one process.
+A unit is some tests of a file, or of what one browser does in it. Each process takes the next unit
+that is free; the results of the others count as if they were of the first.
+AUDIT_STREAM_TESTS=1 is one process.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+MOST = 16  # tests in a unit: what its fixtures cost is paid once for each
 FOLDER = "TESTS_SHARED_IN"  # environment variable of the other processes
-PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 2 * (os.cpu_count() or 1)))
+PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 3 * (os.cpu_count() or 1)))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,8 +62,11 @@ def run_share(session: pytest.Session, folder: Path) -> None:
 def take(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
     """Yield the tests of each unit that is still free: whoever makes its folder has it."""
     units: dict[str, list[pytest.Item]] = {}
+    count: Counter[str] = Counter()
     for item in items:
-        units.setdefault(unit_of(item), []).append(item)
+        file = unit_of(item)
+        units.setdefault(f"{file}-{count[file] // MOST}", []).append(item)
+        count[file] += 1
     for unit, tests in units.items():
         with contextlib.suppress(FileExistsError):
             (folder / unit).mkdir()
