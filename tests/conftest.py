@@ -58,6 +58,8 @@ def takes_long(item: pytest.Item) -> bool:
     variants = item.name.partition("[")[2]
     if item.path.name in WITHOUT_EVENTS and "polling" in variants:
         return True
+    if variants in ("firefox-0]", "firefox-200]"):  # 20 lines a second are tried in both
+        return True
     return "firefox" in variants and item.path.name not in IN_BOTH_BROWSERS
 
 

@@ -1,4 +1,4 @@
-"""Several processes share the tests, because a test waits more than it works: three for each core.
+"""Several processes share the tests, because a test waits more than it works: two for each core.
 
 A unit is some tests of a file, or of what one browser does in it. Each process takes the next unit
 that is free; the results of the others count as if they were of the first.
@@ -23,7 +23,7 @@ import pytest
 
 MOST = 16  # tests in a unit: what its fixtures cost is paid once for each
 FOLDER = "TESTS_SHARED_IN"  # environment variable of the other processes
-PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 3 * (os.cpu_count() or 1)))
+PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 2 * (os.cpu_count() or 1)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -204,6 +204,7 @@ def test_a_slow_download_is_delivered_to_its_end(size, pace, serve, log):
     assert answer.partition(b"\r\n\r\n")[2] == log.read_bytes()[:size]
 
 
+@pytest.mark.slow
 def test_a_download_that_stands_still_ends(serve, log):
     server = start(serve, log)
     others = server.sockets()

@@ -589,7 +589,12 @@ def test_counting_begins_where_it_ended_and_case_counts_with_case_1(serve, log):
 
 
 @pytest.mark.parametrize(
-    "query,stretches", [("needle", 1), ("database", 200), ("/entry.*[13579]\\D/ !needle", 200)]
+    "query,stretches",
+    [
+        ("needle", 200),
+        pytest.param("database", 1, marks=pytest.mark.slow),
+        pytest.param("/entry.*[13579]\\D/ !needle", 200, marks=pytest.mark.slow),
+    ],
 )
 def test_a_large_log_is_counted_in_calls_that_join(query, stretches, serve, large):
     server = serve(large, "--rate-limit", 0, dev=False)

@@ -374,6 +374,7 @@ def test_what_cannot_be_compared_is_unknown_and_stays_remembered(
     page.wait(UNCHANGED, timeout=25)
 
 
+@pytest.mark.slow
 def test_while_the_server_reads_again_the_page_says_how_far_it_is(
     serve: Serve, log: Path, watch: Watch, faults: Path
 ) -> None:
