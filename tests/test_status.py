@@ -60,7 +60,8 @@ def test_an_alarm_stays_over_view_and_reload_and_on_every_tab_until_it_is_dismis
     serve: Serve, log: Path, watch: Watch
 ) -> None:
     write(log, numbered(0, 300))
-    url = serve(log, "--interval", "0.2").url
+    server = serve(log, "--interval", "0.2")
+    url = server.url
     page = watch(url)
     ends_with(page, "[2025-12-17T17:40:37Z] entry 299")
 
@@ -73,6 +74,7 @@ def test_an_alarm_stays_over_view_and_reload_and_on_every_tab_until_it_is_dismis
     page.wait(f"{SEAMS}.length === 0 && {SHOWS} === 'altered'")
     page.goto(url)
     page.wait(f"{SHOWS} === 'altered'")
+    eventually(lambda: "<3>" in server.errors(), 20)  # else the server finds it only afterwards
     click(page, "Dismiss")
 
     page.wait(f"{SHOWS} === 'live' && {ALARM}")
