@@ -21,8 +21,7 @@ from pathlib import Path
 
 import pytest
 
-# Tests in a unit: what its fixtures cost is paid once for each, and a browser costs most.
-IN_A_BROWSER, WITHOUT_ONE = 16, 4
+MOST = 16  # tests in a unit: what its fixtures cost is paid once for each
 FOLDER = "TESTS_SHARED_IN"  # environment variable of the other processes
 PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 2 * (os.cpu_count() or 1)))
 
@@ -66,8 +65,7 @@ def take(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
     count: Counter[str] = Counter()
     for item in items:
         file = unit_of(item)
-        most = IN_A_BROWSER if "browser" in getattr(item, "fixturenames", ()) else WITHOUT_ONE
-        units.setdefault(f"{file}-{count[file] // most}", []).append(item)
+        units.setdefault(f"{file}-{count[file] // MOST}", []).append(item)
         count[file] += 1
     for unit, tests in units.items():
         with contextlib.suppress(FileExistsError):
