@@ -4,6 +4,7 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from browsers import Browser, Page
 from harness import append, eventually
 from page_actions import (
@@ -16,6 +17,7 @@ from page_actions import (
     click,
     ends_with,
     entries,
+    frames,
     numbered,
     shows,
     write,
@@ -40,7 +42,8 @@ def test_a_missing_log_is_red_in_the_pill_the_title_and_the_header(
     serve: Serve, log: Path, watch: Watch
 ) -> None:
     written = write(log, entries("one"))
-    page = watch(serve(log, "--interval", "0.2").url)
+    # A question that is under way when the log goes gets 503, a word in the console.
+    page = watch(serve(log, "--interval", "0.2").url, trouble=True)
     page.wait(f"{SHOWS} === 'live' && {PROVED} === 'ok'")
     icon = page.js("document.querySelector('#icon').href")
 
@@ -80,6 +83,23 @@ def test_an_alarm_stays_over_view_and_reload_and_on_every_tab_until_it_is_dismis
     page.wait(f"{SHOWS} === 'live' && {ALARM}")
     page.goto(url)
     page.wait(f"{SHOWS} === 'live'")
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_no_word_of_the_state_is_cut_off(serve: Serve, log: Path, watch: Watch, width: int) -> None:
+    write(log, entries("one"))
+    page = watch(serve(log).url)
+    page.resize(width, 700)
+    frames(page, 5)
+
+    for word in ("reconnecting", "connecting", "unreadable", "missing", "altered", "paused"):
+        cut_off = page.js(
+            f"""(pill => {{
+                pill.dataset.shows = pill.textContent = {word!r};
+                return pill.scrollWidth - pill.clientWidth;
+            }})(document.querySelector('#status'))"""
+        )
+        assert cut_off == 0, word
 
 
 def test_a_gap_between_generations_is_a_seam_and_no_complete(
