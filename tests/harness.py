@@ -98,6 +98,17 @@ def rotated(log: Path, tags: str = "b", packed: tuple[int, ...] = (), count: int
     return added
 
 
+def numbered_files(log: Path, files: int, count: int) -> list[bytes]:
+    """A log and the files before it, the oldest of them packed; what is in each, oldest first."""
+    contents = []
+    for number in range(files):
+        if number:
+            shift(log)
+        contents.append(append(log, lines(count, number * 1000)))
+    pack(Path(f"{log}.{files - 1}"))
+    return contents
+
+
 def rotated_to_dates(log: Path, separators: str) -> str:
     added = add(log, "a")
     for day, (separator, tag) in enumerate(zip(separators, "bcd", strict=False), 17):

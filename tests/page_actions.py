@@ -82,14 +82,19 @@ def click(page: Page, name: str) -> None:
     page.mouse(*page.js(CENTRE.format(button)))
 
 
-def search(page: Page, query: str) -> None:
+def fill(page: Page, field: str, text: str) -> None:
+    """What a paste leaves in the field, which has the focus then."""
     page.js(
         f"""(box => {{
             box.focus();
-            box.value = {query!r};
+            box.value = {text!r};
             box.dispatchEvent(new Event('input', {{ bubbles: true }}));
-        }})(document.querySelector('#searchBox'))"""
+        }})(document.querySelector({field!r}))"""
     )
+
+
+def search(page: Page, query: str) -> None:
+    fill(page, "#searchBox", query)
     page.press("Enter")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browsers import ChromiumPage, Page
-from harness import append, eventually, lines, pack, shift
+from harness import append, eventually, lines, numbered_files, shift
 from page_actions import LINES, TOLD, Serve, Watch, click, ends_with, search
 
 CATCH = """(() => {
@@ -76,14 +76,8 @@ def holds(manifest: str, saved: Path, logs: Path) -> bool:
 
 
 def history(log: Path) -> bytes:
-    """A log with three rotated files, the oldest one packed; all bytes, oldest first."""
-    contents = []
-    for number in range(4):
-        if number:
-            shift(log)
-        contents.append(append(log, lines(300, number * 1000)))
-    pack(Path(f"{log}.3"))
-    return b"".join(contents)
+    """A log with three rotated files; all bytes, oldest first."""
+    return b"".join(numbered_files(log, 4, 300))
 
 
 def opened(serve: Serve, log: Path, watch: Watch, *options: object) -> Page:

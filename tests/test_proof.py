@@ -22,7 +22,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from harness import Server, Viewer, append, eventually, faulty, lines, pack, run, shift
+from harness import (
+    Server,
+    Viewer,
+    append,
+    eventually,
+    faulty,
+    lines,
+    numbered_files,
+    pack,
+    run,
+    shift,
+)
 
 Serve = Callable[..., Server]
 View = Callable[..., Viewer]
@@ -165,12 +176,7 @@ def test_more_bytes_than_there_are_is_416(serve: Serve, log: Path) -> None:
 
 
 def test_rotated_and_packed_files_have_receipts_too(serve: Serve, log: Path) -> None:
-    contents = []
-    for number in range(3):
-        if number:
-            shift(log)
-        contents.append(append(log, lines(1000, number * 1000)))
-    pack(Path(f"{log}.2"))
+    contents = numbered_files(log, 3, 1000)
     server = serve(log)
 
     files = json.loads(server.get("/api/files")[2])["files"]

@@ -25,6 +25,7 @@ from page_actions import (
     Watch,
     click,
     ends_with,
+    fill,
     numbered,
     search,
     write,
@@ -446,13 +447,7 @@ def test_a_browser_that_keeps_nothing_is_a_first_visit_each_time(
 def paste(page: Page, text: str) -> str:
     """Paste it where the menu asks for it; what the page says in the end."""
     click(page, "Menu")
-    page.js(
-        f"""(field => {{
-            field.focus();
-            field.value = {text!r};
-            field.dispatchEvent(new Event('input', {{ bubbles: true }}));
-        }})(document.querySelector('#pasted'))"""
-    )
+    fill(page, "#pasted", text)
     page.wait(f"/^(The receipt|That receipt)/.test({TOLD})", timeout=25)
     said = str(page.js(TOLD))
     click(page, "Close")
