@@ -144,7 +144,7 @@ FINGERPRINT_BYTES = 4 * KIB
 LIFE_BYTES = 64  # of a file tell it from the file before it
 MAX_KEPT = 16 * MIB  # of a log that was trimmed to its last lines
 # So many zero bytes are no log: a crash leaves some where a line would begin.
-RESERVED = re.compile(rb"(?:\A|\n)\0{16}|\0{1024}")
+RESERVED = re.compile(rb"(?:\A|\n)\0{16,}|\0{1024,}")
 SCAN_BYTES = 256 * KIB  # of one read while looking for the end of a hole
 MAX_SCANS = 64  # reads until a hole is taken to go on to the end of the file
 MAX_ROTATED = 64  # rotated files that are looked at, and parts of a cursor
@@ -284,6 +284,17 @@ class LogFile:
             data += more
         return data
 
+    def write_to(self, pipe: io.FileIO, start: int, end: int) -> None:
+        """Write these bytes into a pipe, as far as they are there; splice(2) needs no copy."""
+        try:
+            while start < end:
+                moved = os.splice(self._fd, pipe.fileno(), end - start, offset_src=start)
+                start = start + moved if moved else end
+        except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+            if getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
+                raise
+            pipe.write(self.read_bytes(start, end))
+
     def read_data(self, start: int, end: int) -> bytes:
         """Return the bytes from start to end, or to the next hole and the zero bytes beside it."""
         data = self.read_bytes(start, end)
@@ -319,6 +330,13 @@ class LogFile:
         if offset <= start and end <= offset + len(data):
             return data[start - offset : end - offset]
         return None
+
+    def next_hole(self, start: int) -> int:
+        """Return where the next hole begins, lseek(2), or the file ends; start behind its end."""
+        try:
+            return os.lseek(self._fd, start, os.SEEK_HOLE)
+        except OSError:  # ENXIO
+            return start
 
     def next_data(self, start: int) -> int | None:
         """Return where data goes on at or after start; None if only a hole follows.
@@ -3775,7 +3793,7 @@ def record_access(event: str, **fields: object) -> None:
 # Owns the places of searches and scans, the threads that feed greps and read what they find, and
 # the rotated files that were unpacked.
 
-FEED_BYTES = 256 * KIB  # one read of the log, on its way to grep
+FEED_BYTES = 256 * KIB  # of the log, on their way to grep at a time
 MAX_LINE = MIB  # longer lines are not searched: grep would hold them in memory
 MAX_MATCH_TEXT, MAX_ANSWER_TEXT = 16 * KIB, MIB
 SEARCH_S = 3.0  # of one call
@@ -3849,7 +3867,7 @@ class History:
     async def search(self, file: LogFile, query: Query) -> Answer:
         """Return the newest matching lines, and how far the search came. Raises HTTPError."""
         limit = int_parameter(query, "limit", 200, 1, 1000)
-        search = await self.prepare(file, query, "-abP")
+        search = await self.prepare(file, query, "-ab")
         edges = await self.in_pool(line_starts, search, piece_ends(search.before))
         pieces = [[end, start] for end, start in itertools.pairwise(edges)]
 
@@ -3865,7 +3883,7 @@ class History:
     async def count(self, file: LogFile, query: Query) -> Answer:
         """Return how many lines of each stretch match, and how far it came. Raises HTTPError."""
         number = int_parameter(query, "stretches", 200, 1, 400)
-        search = await self.prepare(file, query, "-achP")
+        search = await self.prepare(file, query, "-ach")
         # A stretch that is larger than a piece is counted in parts.
         parts = 1 + search.size // number // PIECES_BYTES[-1]
         edges = await self.in_pool(stretch_edges, search, number, parts)
@@ -4000,11 +4018,12 @@ TOO_EXPENSIVE = "the search is too expensive: simplify it"
 
 
 class Pattern(NamedTuple):
-    """What grep looks for, and whether invalid UTF-8 could hide it."""
+    """What grep looks for, in which locale, and whether invalid UTF-8 could hide it."""
 
     options: str
-    pcre: bytes
-    needs_valid_utf8: bool
+    text: bytes
+    locale: str = "C.UTF-8"
+    needs_valid_utf8: bool = False
 
 
 class Search(NamedTuple):
@@ -4033,11 +4052,15 @@ def grep_pattern(file: LogFile, query: str, options: str) -> Pattern:
     first = terms[0]
     if len(terms) > 1 or first.exclude:
         each = (f"(?{'!' if term.exclude else '='}.*(?:{term.pattern}))" for term in terms)
-        return Pattern(options, f"^{''.join(each)}".encode(), True)
+        return Pattern(f"{options}P", f"^{''.join(each)}".encode(), needs_valid_utf8=True)
+
+    counts = "c" in options
+    if counts and first.text and first.text.isascii():  # twice as fast if many lines match
+        return Pattern(f"{options}F", first.text.encode(), "C")
 
     # Plain text cannot match inside invalid bytes, so they can stay.
     spans_invalid = first.text is None or "\ufffd" in first.text
-    return Pattern(options, first.pattern.encode(), spans_invalid)
+    return Pattern(f"{options}P", first.pattern.encode(), needs_valid_utf8=spans_invalid)
 
 
 def piece_ends(before: int) -> list[int]:
@@ -4094,12 +4117,17 @@ def line_before(file: LogFile, offset: int, size: int) -> int:
     """Return the last line start at or before offset; offset itself in a line over 1 MiB."""
     if not 0 < offset < size:
         return offset
-    for most in (4 * KIB, MAX_LINE + 1):
-        low = max(0, offset - most)
-        line = file.read_bytes(low, offset).rfind(b"\n") + 1
-        if line or not low:
+    low = max(0, offset - MAX_LINE - 1)
+    start = behind_last_newline(file, low, offset)
+    return start if start > low or not low else offset
+
+
+def behind_last_newline(file: LogFile, start: int, end: int) -> int:
+    """Return the offset behind the last newline between these; `start` if there is none."""
+    for low in (max(start, end - 4 * KIB), start):
+        if line := file.read_bytes(low, end).rfind(b"\n") + 1:
             return low + line
-    return offset
+    return start
 
 
 def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answer:
@@ -4122,6 +4150,7 @@ def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
     try:
         while len(pipes) < 1 + inputs:
             pipes.append(os.pipe())
+            widen_pipe(pipes[-1][1])
         child_ends = [child_end for child_end, _ in pipes]
         files = [f"/dev/fd/{child_end}" for child_end in child_ends]
         process = subprocess.Popen(
@@ -4131,7 +4160,7 @@ def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=child_ends,
-            env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)},
+            env={"LC_ALL": pattern.locale, "PATH": os.environ.get("PATH", os.defpath)},
         )
     except OSError as error:
         for _, our_end in pipes:
@@ -4145,6 +4174,12 @@ def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
 
     limit_child(process.pid)
     return process, [our_end for _, our_end in pipes]
+
+
+def widen_pipe(end: int) -> None:
+    """Let a pipe hold what is fed at a time: fewer turns for both sides."""
+    with contextlib.suppress(AttributeError, OSError):  # macOS; or enough for one user, pipe(7)
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, FEED_BYTES)
 
 
 def limit_child(pid: int) -> None:
@@ -4187,32 +4222,36 @@ def feed_grep(search: Search, edges: Edges, pipes: list[int], fed: Fed) -> None:
     mends = search.pattern.needs_valid_utf8
     with contextlib.ExitStack() as stack, contextlib.suppress(BrokenPipeError):
         files = [stack.enter_context(open(pipe, "wb", buffering=0)) for pipe in pipes]
-        files[0].write(search.pattern.pcre)
+        files[0].write(search.pattern.text)
         files[0].close()
 
         for start, end in itertools.pairwise(reversed(edges)):
-            file = files.pop(1)
-            for at, data in whole_lines(search, start, end):
-                first = fed.pop()[0] if fed and fed[-1][1] == at else at
-                fed.append((first, at + len(data)))
-                file.write(replace_invalid_utf8(data) if mends else data)
-            file.close()
+            pipe = files.pop(1)
+            for low, high in whole_lines(search, start, end):
+                first = fed.pop()[0] if fed and fed[-1][1] == low else low
+                fed.append((first, high))
+                if mends:
+                    pipe.write(as_valid_lines(search.file.read_bytes(low, high)))
+                else:
+                    search.file.write_to(pipe, low, high)
+            pipe.close()
 
 
-def whole_lines(search: Search, start: int, end: int) -> Lines:
-    """Yield offset and bytes of many lines at a time, without those over 1 MiB, and holes."""
-    file, size = search.file, search.size
+def whole_lines(search: Search, start: int, end: int) -> Iterator[ByteRange]:
+    """Yield ranges of many lines, without those over 1 MiB, and holes."""
+    file = search.file
     at = next_line(file, start - 1, end) if start else 0
     while at < end:
+        limit = min(end, file.next_hole(at))
         for most in (FEED_BYTES, MAX_LINE + 1):
-            data = file.read_data(at, min(end, at + most))
-            length = len(data) if at + len(data) == size else data.rfind(b"\n") + 1
-            if length or len(data) < most:
+            high = min(limit, at + most)
+            stop = high if high == search.size else behind_last_newline(file, at, high)
+            if stop > at or high == limit:
                 break
 
-        if length:
-            yield at, data[:length]
-        at = at + length if length else next_line(file, at, end)
+        if stop > at:
+            yield at, stop
+        at = stop if stop > at else next_line(file, at, end)
 
 
 def next_line(file: LogFile, at: int, end: int) -> int:
@@ -4225,6 +4264,13 @@ def next_line(file: LogFile, at: int, end: int) -> int:
             return at + line
         at += len(data)
     return end
+
+
+def as_valid_lines(data: bytes) -> bytes:
+    """Return valid UTF-8 of the same length, in which zero bytes end with a newline."""
+    if b"\0" in data:
+        data = RESERVED.sub(lambda zeros: zeros[0][:-1] + b"\n", data)
+    return replace_invalid_utf8(data)
 
 
 def replace_invalid_utf8(data: bytes) -> bytes:
@@ -4284,6 +4330,9 @@ def match_texts(file: LogFile, found: list[ByteRange]) -> list[Answer]:
     for start, end in reversed(found):
         if left <= 0:
             break
+        if RESERVED.match(file.read_bytes(start, start + LIFE_BYTES)):
+            start = file.next_data(start) or start
+
         data = file.read_bytes(start, min(end, start + MAX_MATCH_TEXT + 1)).removesuffix(b"\n")
         text = data[:MAX_MATCH_TEXT]
         cut = whole_characters(text) if end - start > MAX_MATCH_TEXT else len(text)

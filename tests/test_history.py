@@ -192,6 +192,23 @@ def test_what_is_not_searched_is_named_and_what_is_around_it_is_found(serve, log
     assert holes and all(hole[0] <= start < end <= hole[1] for start, end in holes)
 
 
+@pytest.mark.parametrize("query", ("needle", "/^needle/", "needle !other"))
+def test_a_line_begins_behind_zero_bytes_that_a_crash_left(serve, log, query):
+    zeros = b"\0" * 100_000
+    log.write_bytes(b"needle 1\n" + zeros + b"needle 2\nneedle 3" + zeros + b"needle 4\n")
+    starts = [found.start() for found in re.finditer(b"needle", log.read_bytes())]
+    server = serve(log)
+
+    matches = search(server, query)["matches"]
+    counted = sum(number for *_, number in count(server, query)["stretches"])
+
+    # The line that the zero bytes broke off is one with them, unless the query asks for its end.
+    assert [match["start"] for match in matches][:3] == starts[:3]
+    assert [match["text"].rstrip("\0") for match in matches][:2] == ["needle 1", "needle 2"]
+    assert matches[-1]["end"] == log.stat().st_size
+    assert counted == len(matches)
+
+
 def test_case_counts_only_with_case_1(serve, log):
     append(log, "Needle\nneedle\n")
     server = serve(log)
