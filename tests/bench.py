@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from harness import KEY, Server, append, lines
+from harness import KEY, Server, append, eventually, lines
 from websockets.sync.client import connect
 
 MIB = 2**20
@@ -223,6 +223,7 @@ def large(signs: str, size: int = 1024 * MIB) -> None:
             append(log, NEEDLE if number == size // len(piece) // 2 else piece)
         what = f"{log.stat().st_size / MIB:.0f} MiB, {signs} in every line"
         subprocess.run(["cat", log], stdout=subprocess.DEVNULL, check=True)  # into the page cache
+        eventually(lambda: is_idle(server), 60)  # all that was just appended is published
 
         found: list[int] = []
         ours = timed(lambda: found.extend(search_all(server, "NEEDLE")))
@@ -250,6 +251,13 @@ def large(signs: str, size: int = 1024 * MIB) -> None:
         print(
             f"{'its first frame, the memory':<44} {1000 * first:>9.2f} ms  {peak:.1f} MiB at most"
         )
+
+
+def is_idle(server: Server) -> bool:
+    """Return True if it does next to nothing for a while."""
+    spent = server.cpu()
+    time.sleep(0.3)
+    return server.cpu() - spent < 0.01
 
 
 def grep(option: str, pattern: str, log: Path) -> int:
