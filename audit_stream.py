@@ -4051,7 +4051,7 @@ def grep_pattern(file: LogFile, query: str, options: str) -> Pattern:
 
     first = terms[0]
     if len(terms) > 1 or first.exclude:
-        each = (f"(?{'!' if term.exclude else '='}.*(?:{term.pattern}))" for term in terms)
+        each = (f"(?{'!' if term.exclude else '='}.*{term.unit})" for term in terms)
         return Pattern(f"{options}P", f"^{''.join(each)}".encode(), needs_valid_utf8=True)
 
     counts = "c" in options
@@ -4837,6 +4837,11 @@ class Term(NamedTuple):
     exclude: bool
     text: str | None
     pattern: str  # for grep -P
+
+    @property
+    def unit(self) -> str:
+        """The pattern as one piece of a longer one; PCRE finds text sooner than a group."""
+        return f"(?:{self.pattern})" if self.text is None else self.pattern
 
 
 def parse_query(query: str) -> list[Term]:
