@@ -217,7 +217,7 @@ def test_an_entry_every_two_hours_scrolls_without_a_line_missing(
     moments = [begin + timedelta(hours=2 * number) for number in range(3000)]
     write(log, [f"[{at.isoformat()[:19]}Z] entry {number}" for number, at in enumerate(moments)])
     page = watch(serve(log).url)
-    page.wait(f"{LINES}.length > 100")
+    page.wait(f"{LINES}.length > 50")
     numbers = f"{LINES}.map(line => Number(line.textContent.split(' ').pop()))"
     seen: set[int] = set()
 
