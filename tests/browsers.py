@@ -531,7 +531,7 @@ class FirefoxPage(Page):
         self.bidi("browsingContext.close")
 
 
-# -- WPE WebKit: the Web Inspector's protocol, inside of envelopes ---------------------------------
+# -- Both WebKits of Debian: the Web Inspector's protocol, inside of envelopes ---------------------
 
 
 class WebKit(Browser):
@@ -539,10 +539,15 @@ class WebKit(Browser):
         map(str, Path("/usr/lib").glob("*/wpe-webkit-1.1/MiniBrowser")),
         "wpe-webkit-1.1/MiniBrowser",
     )
+    options: tuple[str, ...] = ("--headless",)
 
     def start(self) -> None:
+        self.start_inspected()
+
+    def start_inspected(self, **environment: str) -> None:
         inspector = f"127.0.0.1:{free_port()}"
-        self.run("--headless", "about:blank", WEBKIT_INSPECTOR_HTTP_SERVER=inspector)
+        environment["WEBKIT_INSPECTOR_HTTP_SERVER"] = inspector
+        self.run(*self.options, "about:blank", **environment)
 
         def path() -> str:
             with (
@@ -561,6 +566,35 @@ class WebKit(Browser):
         self.wire.closing.close()
         if self.process:
             os.killpg(self.process.pid, signal.SIGTERM)
+
+
+class WebKitGTK(WebKit):
+    """The one that needs a display: a virtual one, which ends with it."""
+
+    program = next(
+        map(str, Path("/usr/lib").glob("*/webkit2gtk-4.1/MiniBrowser")),
+        "webkit2gtk-4.1/MiniBrowser",
+    )
+    options = ("--enable-developer-extras=true",)
+
+    def start(self) -> None:
+        server = shutil.which("Xvfb") or unavailable("Xvfb is not installed")
+        self.display = subprocess.Popen(
+            [server, "-displayfd", "1", "-screen", "0", "1280x720x24", "-nolisten", "tcp"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self.display.stdout
+        number = self.display.stdout.readline().decode().strip()
+        assert number, "Xvfb did not start"
+        self.start_inspected(DISPLAY=f":{number}", GDK_BACKEND="x11", LIBGL_ALWAYS_SOFTWARE="1")
+
+    def quit(self) -> None:
+        super().quit()
+        if display := getattr(self, "display", None):
+            display.terminate()
+            display.communicate()
 
 
 class WebKitPage(Page):
@@ -612,11 +646,12 @@ class WebKitPage(Page):
         )
         end = time.monotonic() + 20
         while time.monotonic() < end:
-            with contextlib.suppress(RuntimeError, TimeoutError):  # while the page changes hands
+            # While the page changes hands an answer may never come.
+            with contextlib.suppress(RuntimeError, TimeoutError):
                 if self.enabled != self.target:
-                    self.inspect("Console.enable")
+                    self.inspect("Console.enable", timeout=2)
                     self.enabled = self.target
-                if self.js("!window.before && document.readyState === 'complete'"):
+                if self.js("!window.before && document.readyState === 'complete'", timeout=2):
                     return
             time.sleep(0.02)
         raise TimeoutError(f"{url} was not loaded in 20 s")
@@ -633,4 +668,5 @@ class WebKitPage(Page):
         """Its one window ends with the browser."""
 
 
-BROWSERS: dict[str, type[Browser]] = {"chromium": Chromium, "firefox": Firefox, "webkit": WebKit}
+BROWSERS: dict[str, type[Browser]] = {"chromium": Chromium, "firefox": Firefox}
+WEBKITS: tuple[type[WebKit], ...] = (WebKit, WebKitGTK)

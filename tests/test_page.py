@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import BROWSERS, Browser, Page, unavailable
+from browsers import WEBKITS, Browser, Page, unavailable
 from harness import append, eventually, free_port
 from page_actions import (
     AT_REST,
@@ -872,10 +872,10 @@ def test_the_source_is_one_file_and_writes_text_only() -> None:
     assert not re.search(r"<script[^>]+src|@import|url\(", source)
 
 
-@pytest.fixture
-def watch_in_webkit() -> Iterator[Watch]:
+@pytest.fixture(params=WEBKITS)
+def watch_in_webkit(request: pytest.FixtureRequest) -> Iterator[Watch]:
     with ExitStack() as stack:
-        webkit = BROWSERS["webkit"]()
+        webkit = request.param()
         stack.callback(webkit.quit)
         yield from watching(webkit)
 
