@@ -341,6 +341,56 @@ def answers(server: Server, path: str, query: dict[str, object]) -> Iterator[dic
         query = {**query, "before": before}
 
 
+# Receipts.
+
+
+def proof(size: int = 10 * 1024 * MIB) -> None:
+    """Ask for a receipt of a large log, and measure the stream beside it; all in the page cache."""
+    with serving("--rate-limit", 0) as (server, log):
+        piece = lines(1_000_000).encode()
+        for _ in range(size // len(piece)):
+            append(log, piece)
+        subprocess.run(["cat", log], stdout=subprocess.DEVNULL, check=True)
+        eventually(lambda: is_idle(server), 60)
+
+        receipt: list[str] = []
+        ours = timed(lambda: receipt.append(receipt_of(server)))
+        openssl: list[bytes] = []
+        command = ["openssl", "dgst", "-sha256", "-r", log]
+        theirs = timed(lambda: openssl.append(subprocess.check_output(command)))
+        assert receipt == [openssl[0].split()[0].decode()]
+        name = f"a receipt of {log.stat().st_size / MIB:.0f} MiB"
+        report(name, ours, theirs, "s", "openssl dgst -sha256")
+        print(f"{'the memory':<44} {server.peak() / MIB:>9.1f} MiB at most")
+
+        over = threading.Event()
+
+        def read_on() -> None:
+            while not over.is_set():
+                receipt_of(server)
+
+        with connect(server.ws, proxy=None) as viewer:
+            viewer.recv()
+            alone = delays(log, viewer.recv, 400)
+            reading = threading.Thread(target=read_on)
+            reading.start()
+            beside = delays(log, viewer.recv, 400)
+            over.set()
+            reading.join()
+    for name, place in (("p50", 0.5), ("p99", 0.99)):
+        at = int(place * len(alone))
+        report(f"append to reader beside a pass, {name}", beside[at], alone[at], "ms", "no pass")
+
+
+def receipt_of(server: Server) -> str:
+    """Return the digest of all that is there, once all of it was read."""
+    while True:
+        status, _, body = server.get("/api/receipt")
+        if status == 200:
+            return str(json.loads(body)["sha256"])
+        assert status == 202, body
+
+
 def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -351,6 +401,7 @@ def main() -> None:
     for signs in ("– ✅", "- ok"):
         large(signs)
     past()
+    proof()
     idle()
 
 
