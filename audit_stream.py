@@ -155,26 +155,6 @@ MAX_DECOMPRESSED = 1024 * MIB  # of all compressed files that one look, or one r
 Identity = tuple[int, int]  # of a file: device and inode
 
 
-class Fingerprint(NamedTuple):
-    """How far a file was published, and the first and last 4 KiB of that."""
-
-    end: int = 0
-    head: bytes = b""
-    tail: bytes = b""
-
-    def begins_like(self, start: bytes) -> bool:
-        """Return True if there were lines, and they were these, as far as 4 KiB tell."""
-        return b"\n" in self.head and start.startswith(self.head)
-
-    def extended(self, data: bytes) -> Fingerprint:
-        """Return the fingerprint after `data` was published as well."""
-        head = self.head
-        if len(head) < FINGERPRINT_BYTES:
-            head = (head + data)[:FINGERPRINT_BYTES]
-        tail = (self.tail + data)[-FINGERPRINT_BYTES:]
-        return Fingerprint(self.end + len(data), head, tail)
-
-
 class LogFile:
     """One generation of the log: an open file, and how far it was published."""
 
@@ -516,6 +496,26 @@ class LogFile:
         return self.cursor_part(int(offset), hint=code[:4]) == part
 
 
+class Fingerprint(NamedTuple):
+    """How far a file was published, and the first and last 4 KiB of that."""
+
+    end: int = 0
+    head: bytes = b""
+    tail: bytes = b""
+
+    def begins_like(self, start: bytes) -> bool:
+        """Return True if there were lines, and they were these, as far as 4 KiB tell."""
+        return b"\n" in self.head and start.startswith(self.head)
+
+    def extended(self, data: bytes) -> Fingerprint:
+        """Return the fingerprint after `data` was published as well."""
+        head = self.head
+        if len(head) < FINGERPRINT_BYTES:
+            head = (head + data)[:FINGERPRINT_BYTES]
+        tail = (self.tail + data)[-FINGERPRINT_BYTES:]
+        return Fingerprint(self.end + len(data), head, tail)
+
+
 class LogFileReader(io.RawIOBase):
     """The bytes of a log file as a stream, for gzip, bz2 and lzma."""
 
@@ -838,6 +838,106 @@ async def run_in_thread(work: Callable[..., T], *arguments: Any) -> T:
 EMPTY_CURSOR = "0.nothing-was-sent-yet"  # before the first byte of the first file
 
 
+def next_message_at(position: Position, most_bytes: int = MAX_MESSAGE) -> Message | None:
+    """Return the next message from a position, with at most so many bytes of the log.
+
+    None at the end of the stream, and where the follower has to look first: the bytes there are no
+    longer what was published. Raises OSError.
+    """
+    segment, offset = normalize(position)
+    file, end = segment.file, segment.end
+    if offset >= end:
+        return following_generation(segment)
+
+    wanted = min(end, offset + most_bytes)
+    data = file.read_published(offset, wanted)
+    if data is None and not file.released:
+        data = file.read_data(offset, wanted)
+        if not file.is_unchanged():
+            if last_file(segment) is file:
+                return None
+            data = None  # a rotated file that changed can no longer be trusted: skip the rest of it
+    if not data:
+        return hole_message(segment, offset, readable=data is not None)
+
+    if len(data) == most_bytes and wanted < end:
+        data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
+    return Message("append", "", offset, Position(segment, offset + len(data)), data)
+
+
+def normalize(position: Position) -> Position:
+    """Return the same place at the start of the next segment if one is at the end of its own."""
+    segment, offset = position
+    while offset >= segment.end and segment.next and not segment.next.event:
+        segment, offset = segment.next[:2]
+    return Position(segment, offset)
+
+
+def last_file(segment: Segment) -> LogFile:
+    """Return the file at the end of the stream: the follower looks after it."""
+    while segment.next:
+        segment = segment.next.segment
+    return segment.file
+
+
+def following_generation(segment: Segment) -> Message | None:
+    """Return the beginning of the next generation; None at the end of the stream."""
+    if segment.next is None:
+        return None
+    following, offset, event, gap = segment.next
+    message = Message("generation", event, offset, Position(following, offset))
+    message.gap = gap
+    return message
+
+
+def hole_message(segment: Segment, offset: int, readable: bool) -> Message:
+    """Return the way over a hole, or over all that can no longer be read of a segment."""
+    end = segment.end
+    if readable:
+        end = min(end, segment.file.next_data(offset) or end)
+    return Message("skip", "hole", offset, Position(segment, end))
+
+
+class Message:
+    """What one step brings: bytes of the log, a hole, or the beginning of another generation."""
+
+    def __init__(
+        self, kind: str, reason: str, start: int, next_position: Position, data: bytes = b""
+    ) -> None:
+        self.kind, self.reason, self.start = kind, reason, start
+        self.next_position, self.data = next_position, data
+        self.gap = ""
+
+    @property
+    def file(self) -> LogFile:
+        return self.next_position.segment.file
+
+    @functools.cached_property
+    def text(self) -> str:
+        return self.data.decode(errors="replace")
+
+    @functools.cached_property
+    def plain(self) -> bytes:
+        return self.text.encode()
+
+    @functools.cached_property
+    def json(self) -> bytes:
+        return stream_message(self)
+
+
+class Link(NamedTuple):
+    """The way to the next segment. An event is the reason why another generation begins there.
+
+    Gaps are found by _files_between and _open_successors (events), successors_of (names and times),
+    _doubt (a cut), known_gap (what this process remembers), and for a cursor by Resumer.
+    """
+
+    segment: Segment
+    offset: int
+    event: str  # "rotated", "truncated", "rewritten"; "" within a generation
+    gap: str  # why lines may be missing here, "" if none can be
+
+
 class Segment:
     """A range of one generation. The last one of the list grows with its generation."""
 
@@ -873,19 +973,6 @@ class Segment:
         return following
 
 
-class Link(NamedTuple):
-    """The way to the next segment. An event is the reason why another generation begins there.
-
-    Gaps are found by _files_between and _open_successors (events), successors_of (names and times),
-    _doubt (a cut), known_gap (what this process remembers), and for a cursor by Resumer.
-    """
-
-    segment: Segment
-    offset: int
-    event: str  # "rotated", "truncated", "rewritten"; "" within a generation
-    gap: str  # why lines may be missing here, "" if none can be
-
-
 class Position(NamedTuple):
     """How far a viewer has been served."""
 
@@ -895,93 +982,6 @@ class Position(NamedTuple):
     @property
     def cursor(self) -> str:
         return self.segment.cursor(self.offset)
-
-
-class Message:
-    """What one step brings: bytes of the log, a hole, or the beginning of another generation."""
-
-    def __init__(
-        self, kind: str, reason: str, start: int, next_position: Position, data: bytes = b""
-    ) -> None:
-        self.kind, self.reason, self.start = kind, reason, start
-        self.next_position, self.data = next_position, data
-        self.gap = ""
-
-    @property
-    def file(self) -> LogFile:
-        return self.next_position.segment.file
-
-    @functools.cached_property
-    def text(self) -> str:
-        return self.data.decode(errors="replace")
-
-    @functools.cached_property
-    def plain(self) -> bytes:
-        return self.text.encode()
-
-    @functools.cached_property
-    def json(self) -> bytes:
-        return stream_message(self)
-
-
-def normalize(position: Position) -> Position:
-    """Return the same place at the start of the next segment if one is at the end of its own."""
-    segment, offset = position
-    while offset >= segment.end and segment.next and not segment.next.event:
-        segment, offset = segment.next[:2]
-    return Position(segment, offset)
-
-
-def next_message_at(position: Position, most_bytes: int = MAX_MESSAGE) -> Message | None:
-    """Return the next message from a position, with at most so many bytes of the log.
-
-    None at the end of the stream, and where the follower has to look first: the bytes there are no
-    longer what was published. Raises OSError.
-    """
-    segment, offset = normalize(position)
-    file, end = segment.file, segment.end
-    if offset >= end:
-        return following_generation(segment)
-
-    wanted = min(end, offset + most_bytes)
-    data = file.read_published(offset, wanted)
-    if data is None and not file.released:
-        data = file.read_data(offset, wanted)
-        if not file.is_unchanged():
-            if last_file(segment) is file:
-                return None
-            data = None  # a rotated file that changed can no longer be trusted: skip the rest of it
-    if not data:
-        return hole_message(segment, offset, readable=data is not None)
-
-    if len(data) == most_bytes and wanted < end:
-        data = data[: data.rfind(b"\n") + 1 or whole_characters(data)]
-    return Message("append", "", offset, Position(segment, offset + len(data)), data)
-
-
-def last_file(segment: Segment) -> LogFile:
-    """Return the file at the end of the stream: the follower looks after it."""
-    while segment.next:
-        segment = segment.next.segment
-    return segment.file
-
-
-def following_generation(segment: Segment) -> Message | None:
-    """Return the beginning of the next generation; None at the end of the stream."""
-    if segment.next is None:
-        return None
-    following, offset, event, gap = segment.next
-    message = Message("generation", event, offset, Position(following, offset))
-    message.gap = gap
-    return message
-
-
-def hole_message(segment: Segment, offset: int, readable: bool) -> Message:
-    """Return the way over a hole, or over all that can no longer be read of a segment."""
-    end = segment.end
-    if readable:
-        end = min(end, segment.file.next_data(offset) or end)
-    return Message("skip", "hole", offset, Position(segment, end))
 
 
 # -- wire messages: the subprotocol audit.v1.json --
@@ -2562,8 +2562,257 @@ def successor_of(file: LogFile) -> Successor:
 
 
 # ---- 5 Viewers -----------------------------------------------------------------------------------
-# Who is connected, in which phase, and how much each client may make the server hold: a number and
-# a budget of bytes for every phase. Owns the sets open, awaiting_request and answered.
+# Sends each viewer what is new. Who is connected, in which phase, and how much each client may make
+# the server hold: a number and a budget of bytes for every phase. Owns all connections.
+
+MAX_BROADCAST = 64 * KIB  # larger batches are not broadcast: each viewer reads them from the file
+MAX_LAG_BYTES = 64 * KIB  # a viewer with more unsent bytes than this leaves the broadcast
+HEARTBEAT_S = 10.0  # without a message until `checked` is sent
+MAX_CACHED = 16  # messages, read and written out once for all who catch up at the same time
+
+
+class Broadcaster:
+    """The live viewers: all of them at one position, the end of the stream.
+
+    It alone writes a viewer's `position`, `state_sent` and `proof_sent`.
+    """
+
+    def __init__(self, follower: LogFollower, connections: Connections) -> None:
+        self.follower, self.connections = follower, connections
+        self.resumer = Resumer(follower)
+        self.position = Position(follower.tail, follower.tail.end)
+        self.live: dict[Connection, asyncio.Future[None]] = {}
+        self.checked = asyncio.Event()  # set, and replaced, after each check of the follower
+        self._cache: dict[Position, Message] = {}
+        self._last_send_s = time.monotonic()
+        self._proof = b""  # what all viewers were told last about the log's integrity
+
+    # For all viewers
+
+    def broadcast_news(self) -> None:
+        """Broadcast what was published since the last call.
+
+        The position moves with each message: whoever lags leaves with it, and reads on in the file
+        from there. All do if the batch is large.
+        """
+        self.checked.set()
+        self.checked = asyncio.Event()
+        self._broadcast_state()
+        end = Position(self.follower.tail, self.follower.tail.end)
+        messages = self._pending_messages(end) if end != self.position else []
+        if messages is None:
+            for viewer in list(self.live):
+                self._detach(viewer)
+        for message in messages or ():
+            self._send(message.plain, message.json)
+            self.position = message.next_position
+        self.position = end
+
+        if time.monotonic() - self._last_send_s > HEARTBEAT_S:
+            size = max(self.follower.size, end.offset)
+            checked = checked_message(size, end.offset, self.follower.unfinished_bytes)
+            self._send(b"", checked)
+        if len(self.live) == len(self.connections.viewers):
+            self._cache.clear()  # messages keep their files open
+
+    def _pending_messages(self, end: Position) -> list[Message] | None:
+        """Return what all live viewers get now; None if each has to read it."""
+        if not self.live:
+            return []
+        position, size, messages = self.position, 0, list[Message]()
+        try:
+            while size <= MAX_BROADCAST and (message := self._read_message(position)):
+                messages.append(message)
+                position, size = message.next_position, size + len(message.data)
+        except OSError:
+            return None  # the follower tells the state at its next check
+        if size > MAX_BROADCAST or normalize(position) != end:
+            return None
+        return messages
+
+    def _read_message(self, position: Position) -> Message | None:
+        """Return the next message, with the name of its generation. Raises OSError."""
+        message = next_message_at(position, self.connections.unsent_bytes)
+        if message:
+            self.follower.names.assign(message.file)
+        return message
+
+    def _broadcast_state(self) -> None:
+        state = self.follower.state
+        if all(viewer.state_sent == state for viewer in self.live):
+            return
+        frame = text_frame(state_message(state))
+        for viewer in self.live:
+            if viewer.speaks_json and viewer.state_sent != state:
+                viewer.write_frame(frame)
+            viewer.state_sent = state
+
+    def broadcast_json(self, message: dict[str, Any]) -> None:
+        """Tell all viewers, and those who come later, about the log's integrity."""
+        self._proof = wire_text(message)
+        for viewer in self.live:
+            viewer.proof_sent = self._proof
+        self._send(b"", self._proof)
+
+    def _send(self, plain: bytes, as_json: bytes) -> None:
+        """Write one message to all live viewers; those who lag leave the broadcast."""
+        frames = text_frame(plain) if plain else b"", text_frame(as_json)
+        receivers = 0
+
+        most_unsent = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
+        for viewer, future in list(self.live.items()):
+            if future.done():
+                continue
+            if viewer.buffered > most_unsent:
+                self._detach(viewer)
+                continue
+            if frame := frames[viewer.speaks_json]:
+                viewer.write_frame(frame)
+                receivers += 1
+        counters["sent_bytes_total"] += len(plain) * receivers
+        self._last_send_s = time.monotonic()
+
+    def _detach(self, viewer: Connection) -> None:
+        """Let a viewer read on in the file, from the end of what was sent to it."""
+        future = self.live[viewer]
+        if not future.done():
+            viewer.position = self.position
+            future.set_result(None)
+
+    # For one viewer
+
+    async def serve_first(
+        self, viewer: Connection, initial_bytes: int, since: str | None
+    ) -> bytes:
+        """Find the viewer's position, and return its first message. Raises OSError."""
+        resumed = None if since is None else await self.resumer.resume(since)
+        if isinstance(resumed, Position):
+            message = next_message_at(resumed, self.connections.unsent_bytes)
+            position, text = resumed, ""
+            if message and message.kind == "append" and message.file is resumed.segment.file:
+                position, text = message.next_position, message.text
+            start, reason = resumed.offset, None
+        else:
+            position, start, text = await self._end_of_log(initial_bytes)
+            reason = resumed
+
+        viewer.position = position
+        self.follower.names.assign(position.segment.file)
+        found = isinstance(resumed, Position)
+        viewer.record_arrival(resumed=found)
+        if not viewer.speaks_json:
+            return text.encode()
+        return snapshot_message(self.follower.name, start, position, text, found, reason)
+
+    async def _end_of_log(self, initial_bytes: int) -> tuple[Position, int, str]:
+        """Return the end of the stream, and where and what the last lines before it are."""
+        follower = self.follower
+        while not follower.current.is_unchanged() and await follower.check():
+            await asyncio.sleep(0)  # otherwise the cursor would cover bytes that were never sent
+        file, end = follower.current, follower.tail.end
+        start = file.line_start(end, initial_bytes) if file.is_unchanged() else end
+        text = file.read_data(start, end).decode(errors="replace")
+        return Position(follower.tail, end), start, text
+
+    async def serve_next(self, viewer: Connection) -> bytes:
+        """Wait for what comes next for one viewer; b"" if its protocol has no such message.
+
+        Raises OSError.
+        """
+        if viewer.speaks_json and viewer.state_sent != self.follower.state:
+            viewer.state_sent = self.follower.state
+            return state_message(viewer.state_sent)
+        if viewer.speaks_json and viewer.proof_sent is not self._proof:
+            viewer.proof_sent = self._proof
+            return self._proof
+        if viewer.position is None:
+            return b""  # removed meanwhile
+
+        message = self._cache.get(viewer.position) or self._read_message(viewer.position)
+        if message is None:
+            await self._wait_live(viewer)
+            return b""
+        self._cache[viewer.position] = message
+        if len(self._cache) > MAX_CACHED:
+            del self._cache[next(iter(self._cache))]
+        viewer.position = message.next_position
+        counters["sent_bytes_total"] += len(message.data)
+        return message.json if viewer.speaks_json else message.plain
+
+    async def _wait_live(self, viewer: Connection) -> None:
+        """Wait as a live viewer; return when this viewer has to read the file itself."""
+        if viewer.position and normalize(viewer.position) != self.position:
+            await self.checked.wait()  # the follower has yet to say what happened
+            return
+        self.live[viewer] = asyncio.get_running_loop().create_future()
+        viewer.position = None  # a position of its own would keep rotated files open
+        try:
+            await self.live[viewer]
+        finally:
+            del self.live[viewer]
+
+    async def tell_trouble(self, viewer: Connection) -> None:
+        """Tell a viewer the state, if it is news, and wait for the next check."""
+        checked = self.checked
+        if viewer.speaks_json and viewer.state_sent != self.follower.state:
+            viewer.state_sent = self.follower.state
+            await viewer.send(state_message(viewer.state_sent), text=True)
+        await checked.wait()
+
+    def remove(self, viewer: Connection) -> None:
+        """Forget a viewer that has gone: it must not keep files open."""
+        viewer.position = None
+
+
+async def handle_viewer(
+    broadcaster: Broadcaster, initial_bytes: int, viewer: ServerConnection
+) -> None:
+    """Serve a viewer until it leaves; what it sends is read and ignored."""
+    assert isinstance(viewer, Connection)
+    sending = asyncio.create_task(send_loop(broadcaster, initial_bytes, viewer))
+    try:
+        async for _ in viewer:
+            pass
+    except ConnectionClosed:
+        pass
+    finally:
+        sending.cancel()
+        await asyncio.wait([sending])
+        broadcaster.remove(viewer)
+
+    if not sending.cancelled() and (error := sending.exception()):
+        raise error
+
+
+async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connection) -> None:
+    """Send the first message, then message by message, and wait live at the end."""
+    since = viewer.query.get("since")
+    first = True
+
+    try:
+        while True:
+            try:
+                if first:
+                    message = await broadcaster.serve_first(viewer, initial_bytes, since)
+                    await viewer.send(message, text=True)
+                    first = False
+                elif message := await broadcaster.serve_next(viewer):
+                    await viewer.send(message, text=True)
+            except OSError:  # the log cannot be read: tell the state, and try again
+                await broadcaster.tell_trouble(viewer)
+    except ConnectionClosed:
+        pass
+    except Exception:
+        viewer.transport.abort()  # nobody may be left mute
+        raise
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Return a WebSocket frame (RFC 6455, section 5.2), written out once for all viewers."""
+    return Frame(Opcode.TEXT, payload).serialize(mask=False)
+
+
+# -- connections --
 
 REQUEST_S = 10.0  # for a request to be complete, and for every ENOUGH_BYTES of its answer
 STALLED_S = 60.0  # without any progress until a viewer is given up
@@ -2833,255 +3082,6 @@ class TLSProtocol(asyncio.sslproto.SSLProtocol):
         if not hasattr(connection, "transport"):
             connection.break_cycles()
         super().connection_lost(exc)
-
-
-# -- the broadcast --
-
-MAX_BROADCAST = 64 * KIB  # larger batches are not broadcast: each viewer reads them from the file
-MAX_LAG_BYTES = 64 * KIB  # a viewer with more unsent bytes than this leaves the broadcast
-HEARTBEAT_S = 10.0  # without a message until `checked` is sent
-MAX_CACHED = 16  # messages, read and written out once for all who catch up at the same time
-
-
-class Broadcaster:
-    """The live viewers: all of them at one position, the end of the stream.
-
-    It alone writes a viewer's `position`, `state_sent` and `proof_sent`.
-    """
-
-    def __init__(self, follower: LogFollower, connections: Connections) -> None:
-        self.follower, self.connections = follower, connections
-        self.resumer = Resumer(follower)
-        self.position = Position(follower.tail, follower.tail.end)
-        self.live: dict[Connection, asyncio.Future[None]] = {}
-        self.checked = asyncio.Event()  # set, and replaced, after each check of the follower
-        self._cache: dict[Position, Message] = {}
-        self._last_send_s = time.monotonic()
-        self._proof = b""  # what all viewers were told last about the log's integrity
-
-    # For all viewers
-
-    def broadcast_news(self) -> None:
-        """Broadcast what was published since the last call.
-
-        The position moves with each message: whoever lags leaves with it, and reads on in the file
-        from there. All do if the batch is large.
-        """
-        self.checked.set()
-        self.checked = asyncio.Event()
-        self._broadcast_state()
-        end = Position(self.follower.tail, self.follower.tail.end)
-        messages = self._pending_messages(end) if end != self.position else []
-        if messages is None:
-            for viewer in list(self.live):
-                self._detach(viewer)
-        for message in messages or ():
-            self._send(message.plain, message.json)
-            self.position = message.next_position
-        self.position = end
-
-        if time.monotonic() - self._last_send_s > HEARTBEAT_S:
-            size = max(self.follower.size, end.offset)
-            checked = checked_message(size, end.offset, self.follower.unfinished_bytes)
-            self._send(b"", checked)
-        if len(self.live) == len(self.connections.viewers):
-            self._cache.clear()  # messages keep their files open
-
-    def _pending_messages(self, end: Position) -> list[Message] | None:
-        """Return what all live viewers get now; None if each has to read it."""
-        if not self.live:
-            return []
-        position, size, messages = self.position, 0, list[Message]()
-        try:
-            while size <= MAX_BROADCAST and (message := self._read_message(position)):
-                messages.append(message)
-                position, size = message.next_position, size + len(message.data)
-        except OSError:
-            return None  # the follower tells the state at its next check
-        if size > MAX_BROADCAST or normalize(position) != end:
-            return None
-        return messages
-
-    def _read_message(self, position: Position) -> Message | None:
-        """Return the next message, with the name of its generation. Raises OSError."""
-        message = next_message_at(position, self.connections.unsent_bytes)
-        if message:
-            self.follower.names.assign(message.file)
-        return message
-
-    def _broadcast_state(self) -> None:
-        state = self.follower.state
-        if all(viewer.state_sent == state for viewer in self.live):
-            return
-        frame = text_frame(state_message(state))
-        for viewer in self.live:
-            if viewer.speaks_json and viewer.state_sent != state:
-                viewer.write_frame(frame)
-            viewer.state_sent = state
-
-    def broadcast_json(self, message: dict[str, Any]) -> None:
-        """Tell all viewers, and those who come later, about the log's integrity."""
-        self._proof = wire_text(message)
-        for viewer in self.live:
-            viewer.proof_sent = self._proof
-        self._send(b"", self._proof)
-
-    def _send(self, plain: bytes, as_json: bytes) -> None:
-        """Write one message to all live viewers; those who lag leave the broadcast."""
-        frames = text_frame(plain) if plain else b"", text_frame(as_json)
-        receivers = 0
-
-        most_unsent = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
-        for viewer, future in list(self.live.items()):
-            if future.done():
-                continue
-            if viewer.buffered > most_unsent:
-                self._detach(viewer)
-                continue
-            if frame := frames[viewer.speaks_json]:
-                viewer.write_frame(frame)
-                receivers += 1
-        counters["sent_bytes_total"] += len(plain) * receivers
-        self._last_send_s = time.monotonic()
-
-    def _detach(self, viewer: Connection) -> None:
-        """Let a viewer read on in the file, from the end of what was sent to it."""
-        future = self.live[viewer]
-        if not future.done():
-            viewer.position = self.position
-            future.set_result(None)
-
-    # For one viewer
-
-    async def serve_first(
-        self, viewer: Connection, initial_bytes: int, since: str | None
-    ) -> bytes:
-        """Find the viewer's position, and return its first message. Raises OSError."""
-        resumed = None if since is None else await self.resumer.resume(since)
-        if isinstance(resumed, Position):
-            message = next_message_at(resumed, self.connections.unsent_bytes)
-            position, text = resumed, ""
-            if message and message.kind == "append" and message.file is resumed.segment.file:
-                position, text = message.next_position, message.text
-            start, reason = resumed.offset, None
-        else:
-            position, start, text = await self._end_of_log(initial_bytes)
-            reason = resumed
-
-        viewer.position = position
-        self.follower.names.assign(position.segment.file)
-        found = isinstance(resumed, Position)
-        viewer.record_arrival(resumed=found)
-        if not viewer.speaks_json:
-            return text.encode()
-        return snapshot_message(self.follower.name, start, position, text, found, reason)
-
-    async def _end_of_log(self, initial_bytes: int) -> tuple[Position, int, str]:
-        """Return the end of the stream, and where and what the last lines before it are."""
-        follower = self.follower
-        while not follower.current.is_unchanged() and await follower.check():
-            await asyncio.sleep(0)  # otherwise the cursor would cover bytes that were never sent
-        file, end = follower.current, follower.tail.end
-        start = file.line_start(end, initial_bytes) if file.is_unchanged() else end
-        text = file.read_data(start, end).decode(errors="replace")
-        return Position(follower.tail, end), start, text
-
-    async def serve_next(self, viewer: Connection) -> bytes:
-        """Wait for what comes next for one viewer; b"" if its protocol has no such message.
-
-        Raises OSError.
-        """
-        if viewer.speaks_json and viewer.state_sent != self.follower.state:
-            viewer.state_sent = self.follower.state
-            return state_message(viewer.state_sent)
-        if viewer.speaks_json and viewer.proof_sent is not self._proof:
-            viewer.proof_sent = self._proof
-            return self._proof
-        if viewer.position is None:
-            return b""  # removed meanwhile
-
-        message = self._cache.get(viewer.position) or self._read_message(viewer.position)
-        if message is None:
-            await self._wait_live(viewer)
-            return b""
-        self._cache[viewer.position] = message
-        if len(self._cache) > MAX_CACHED:
-            del self._cache[next(iter(self._cache))]
-        viewer.position = message.next_position
-        counters["sent_bytes_total"] += len(message.data)
-        return message.json if viewer.speaks_json else message.plain
-
-    async def _wait_live(self, viewer: Connection) -> None:
-        """Wait as a live viewer; return when this viewer has to read the file itself."""
-        if viewer.position and normalize(viewer.position) != self.position:
-            await self.checked.wait()  # the follower has yet to say what happened
-            return
-        self.live[viewer] = asyncio.get_running_loop().create_future()
-        viewer.position = None  # a position of its own would keep rotated files open
-        try:
-            await self.live[viewer]
-        finally:
-            del self.live[viewer]
-
-    async def tell_trouble(self, viewer: Connection) -> None:
-        """Tell a viewer the state, if it is news, and wait for the next check."""
-        checked = self.checked
-        if viewer.speaks_json and viewer.state_sent != self.follower.state:
-            viewer.state_sent = self.follower.state
-            await viewer.send(state_message(viewer.state_sent), text=True)
-        await checked.wait()
-
-    def remove(self, viewer: Connection) -> None:
-        """Forget a viewer that has gone: it must not keep files open."""
-        viewer.position = None
-
-
-async def handle_viewer(
-    broadcaster: Broadcaster, initial_bytes: int, viewer: ServerConnection
-) -> None:
-    """Serve a viewer until it leaves; what it sends is read and ignored."""
-    assert isinstance(viewer, Connection)
-    sending = asyncio.create_task(send_loop(broadcaster, initial_bytes, viewer))
-    try:
-        async for _ in viewer:
-            pass
-    except ConnectionClosed:
-        pass
-    finally:
-        sending.cancel()
-        await asyncio.wait([sending])
-        broadcaster.remove(viewer)
-
-    if not sending.cancelled() and (error := sending.exception()):
-        raise error
-
-
-async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connection) -> None:
-    """Send the first message, then message by message, and wait live at the end."""
-    since = viewer.query.get("since")
-    first = True
-
-    try:
-        while True:
-            try:
-                if first:
-                    message = await broadcaster.serve_first(viewer, initial_bytes, since)
-                    await viewer.send(message, text=True)
-                    first = False
-                elif message := await broadcaster.serve_next(viewer):
-                    await viewer.send(message, text=True)
-            except OSError:  # the log cannot be read: tell the state, and try again
-                await broadcaster.tell_trouble(viewer)
-    except ConnectionClosed:
-        pass
-    except Exception:
-        viewer.transport.abort()  # nobody may be left mute
-        raise
-
-
-def text_frame(payload: bytes) -> bytes:
-    """Return a WebSocket frame (RFC 6455, section 5.2), written out once for all viewers."""
-    return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
 # ---- 6 HTTP --------------------------------------------------------------------------------------
@@ -3412,34 +3412,6 @@ class Credential(NamedTuple):
     token: Token | None = None
 
 
-class RateLimiter:
-    """A token bucket for each of the last 10,000 clients: so many a minute, and as many at once."""
-
-    def __init__(self, per_minute: int) -> None:
-        self.per_minute = per_minute  # 0: no limit
-        self.buckets: dict[str, tuple[float, float]] = {}  # what is left, and when that was
-
-    def acquire(self, client: str, cost: int = 1) -> None:
-        """Raises HTTPError 429 if there is not so much left."""
-        if not self.per_minute:
-            return
-
-        now = time.monotonic()
-        left, then = self.buckets.pop(client, (self.per_minute, now))
-        left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
-        cost = min(cost, self.per_minute)
-        granted = left >= cost
-        if granted:
-            left -= cost
-        self.buckets[client] = left, now
-        if len(self.buckets) > 10_000:
-            del self.buckets[next(iter(self.buckets))]
-
-        if not granted:
-            wait_s = math.ceil((cost - left) * 60 / self.per_minute)
-            raise HTTPError(429, "too many requests", Retry_After=str(wait_s))
-
-
 class AccessControl:
     """Who may come in: by token, Host and Origin, and how often."""
 
@@ -3622,6 +3594,34 @@ class AccessControl:
         lost = [viewer for viewer in viewers if viewer.token not in valid]
         closing = [viewer.close(1008, "the access token was changed") for viewer in lost]
         await asyncio.gather(*closing, return_exceptions=True)
+
+
+class RateLimiter:
+    """A token bucket for each of the last 10,000 clients: so many a minute, and as many at once."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute  # 0: no limit
+        self.buckets: dict[str, tuple[float, float]] = {}  # what is left, and when that was
+
+    def acquire(self, client: str, cost: int = 1) -> None:
+        """Raises HTTPError 429 if there is not so much left."""
+        if not self.per_minute:
+            return
+
+        now = time.monotonic()
+        left, then = self.buckets.pop(client, (self.per_minute, now))
+        left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
+        cost = min(cost, self.per_minute)
+        granted = left >= cost
+        if granted:
+            left -= cost
+        self.buckets[client] = left, now
+        if len(self.buckets) > 10_000:
+            del self.buckets[next(iter(self.buckets))]
+
+        if not granted:
+            wait_s = math.ceil((cost - left) * 60 / self.per_minute)
+            raise HTTPError(429, "too many requests", Retry_After=str(wait_s))
 
 
 def check_headers(context: RequestContext) -> None:
