@@ -12,15 +12,19 @@ import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from harness import KEY, append, environment, eventually, lines
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 MIB = 2**20
 TOKEN = "Zr0qVt7-example-token"
 JSON = "Sec-WebSocket-Protocol: audit.v1.json\r\n"
+JSON_FRAMES = Subprotocol("audit.v1.json")
 HANDSHAKE = (
     "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     f"Sec-WebSocket-Key: {KEY}\r\n"
@@ -411,6 +415,40 @@ def test_packed_bombs_beside_the_log_are_bounded_work(serve, log, tmp_path):
 
     assert b'"resumed": false' in answer
     assert at_the_start < 300 * MIB and written(server) - at_the_start < 300 * MIB
+
+
+def test_packed_bombs_that_begin_like_the_log_hold_up_only_who_asks(serve, log, tmp_path):
+    append(log, lines(100))
+    server = serve(log, dev=False)
+    with connect(server.ws, subprotocols=[JSON_FRAMES], proxy=None) as viewer:
+        cursor = json.loads(viewer.recv())["cursor"]
+    server.stop()
+    bomb = gzip.compress(lines(100).encode()) + gzip.compress((b"x" * 99 + b"\n") * 100_000) * 20
+    Path(f"{log}.1.gz").write_bytes(bomb)
+    for number in range(2, 30):
+        os.link(f"{log}.1.gz", f"{log}.{number}.gz")
+    log.unlink()
+    append(log, "a new log\n")
+    server = serve(log, dev=False)
+    answers = []
+
+    def resume():
+        address = f"{server.ws}?since={cursor}"
+        with connect(address, subprotocols=[JSON_FRAMES], proxy=None) as viewer:
+            answers.append(json.loads(viewer.recv(60)))
+
+    with connect(server.ws, proxy=None) as viewer:
+        viewer.recv()
+        resuming = threading.Thread(target=resume)
+        resuming.start()
+        eventually(lambda: written(server) > 50 * MIB, 60)
+        append(log, "a line beside it\n")
+        assert viewer.recv(10) == "a line beside it\n"
+        assert not answers
+        resuming.join()
+
+    assert [answer["type"] for answer in answers] == ["snapshot"]
+    assert written(server) < 1100 * MIB
 
 
 def test_forged_cursors_unpack_what_lies_beside_the_log_once(serve, log):
