@@ -434,7 +434,7 @@ def test_packed_bombs_that_begin_like_the_log_hold_up_only_who_asks(serve, log, 
 
     def resume():
         address = f"{server.ws}?since={cursor}"
-        with connect(address, subprotocols=[JSON_FRAMES], proxy=None) as viewer:
+        with connect(address, subprotocols=[JSON_FRAMES], proxy=None, close_timeout=0.1) as viewer:
             answers.append(json.loads(viewer.recv(60)))
 
     with connect(server.ws, proxy=None) as viewer:
