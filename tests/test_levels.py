@@ -142,6 +142,26 @@ def test_a_stack_trace_stays_with_its_entry_under_a_filter(
     shows(page, [failed, *trace])
 
 
+def test_what_a_search_finds_far_up_keeps_its_stack_trace_too(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    trace = ["Traceback (most recent call last):", '  File "a.py", line 3', "ValueError: payload 9"]
+    quiet = [f"[2025-12-17T17:40:37Z] INFO nothing happened {number}" for number in range(20_000)]
+    first, second = entries("ERROR job 7 failed", "ERROR job 8 failed")
+    write(log, [*quiet, first, *trace, *quiet, second, *quiet])
+    page = watch(serve(log).url)
+    page.wait(f"{LINES}.length > 50")
+
+    search(page, '"job "')
+    shows(page, [first, *trace, second])
+    search(page, "payload")
+    shows(page, [first, *trace])
+    rest = f"{LINES}.map(line => line.classList.contains('rest'))"
+    page.wait(f"JSON.stringify({rest}) === '[true,true,true,false]'")
+    search(page, "job !8")
+    shows(page, [first, *trace])
+
+
 def test_e_goes_to_errors_and_not_to_lines_that_only_have_the_word(page: Page) -> None:
     page.press("Home")
     frames(page)
