@@ -155,6 +155,13 @@ MAX_DECOMPRESSED = 1024 * MIB  # of all compressed files that one look, or one r
 Identity = tuple[int, int]  # of a file: device and inode
 
 
+class Began(NamedTuple):
+    """How a generation began."""
+
+    reason: str  # why the one before it ended: "rotated", "truncated", "rewritten"
+    gap: str  # why lines may be missing between them, "" if none can be
+
+
 class LogFile:
     """One generation of the log: an open file, and how far it was published."""
 
@@ -163,7 +170,7 @@ class LogFile:
         self._recent = (0, b"")  # offset and bytes of what was published last: read only once
         self.name = ""  # of the generation; empty until somebody is told
         self.sequence = 0  # of the generations that this process published; 0 for others
-        self.began = ("rotated", "")  # why the generation before it ended; a gap before it
+        self.began = Began("rotated", "")
         self.lost = ""  # why something that this file held cannot be read any more
         self.fingerprint = Fingerprint()
         self.last_growth_s = 0.0  # when something of it was published last
@@ -1615,7 +1622,7 @@ class LogFollower:
 
     def _begin_generation(self, start: int, reason: str, gap: str) -> None:
         self._watcher.watch_file(self.current)
-        self.current.began = reason, gap
+        self.current.began = Began(reason, gap)
         self._opened_s = time.time()
         self.current.last_growth_s = time.monotonic()
         self.tail = self.tail.link_to(self._segment(self.current), start, reason, gap)
@@ -2332,7 +2339,7 @@ class Resumer:
         proven = all(part in owners and is_right(owners[part], part) for part in parts)
         newer = follow_up(owners[parts[-1]], live) if parts and proven else None
         if newer is not None:
-            return Chain(owners, newer, self.follower.current.began[1])
+            return Chain(owners, newer, self.follower.current.began.gap)
 
         # Not all of them are open: look beside the log.
         names = rotated_files(self.follower.path)
@@ -2347,7 +2354,7 @@ class Resumer:
             return Chain(owners, [], "")
         newer = follow_up(newest, live)
         if newer is not None:
-            return Chain(owners, newer, self.follower.current.began[1])
+            return Chain(owners, newer, self.follower.current.began.gap)
 
         # What came after the newest owner is not all open: its name tells.
         own_path = next((path for path, file in found.items() if file is newest), "")
@@ -3808,7 +3815,7 @@ TIMES_BYTES = 64 * KIB
 ByteRange = tuple[int, int]
 Answer = dict[str, Any]
 Query = dict[str, str]
-Edges = list[int]  # of adjacent ranges, the end of the newest one first
+Edges = list[int]  # of adjacent ranges, the newest first: [900, 500, 0] are 500 to 900 and 0 to 500
 Stretch = list[int]  # its start, its end, how many lines match
 Fed = list[ByteRange]  # of the file, what a grep got: it counts only these bytes
 Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
@@ -3979,7 +3986,7 @@ def check_if_match(request: Request, etag: str) -> None:
         raise HTTPError(412, "the log has been replaced since (If-Match)")
 
 
-# Ranges
+# -- ranges --
 
 
 async def range_response(file: LogFile, header: str) -> Response:
@@ -4012,7 +4019,7 @@ def latest_lines(file: LogFile) -> bytes:
     return file.read_bytes(file.line_start(end, 64 * KIB), end)
 
 
-# Search: pieces of the file through greps
+# -- search: pieces of the file through greps --
 
 TOO_EXPENSIVE = "the search is too expensive: simplify it"
 
@@ -4342,7 +4349,7 @@ def match_texts(file: LogFile, found: list[ByteRange]) -> list[Answer]:
     return matches[::-1]
 
 
-# Encodings: what is not UTF-8 is searched as far as it is ASCII, UTF-16 not at all
+# -- encodings: what is not UTF-8 is searched as far as it is ASCII, UTF-16 not at all --
 
 UTF16 = (
     ("UTF-16 (little-endian)", codecs.BOM_UTF16_LE, 1),
@@ -4388,7 +4395,7 @@ def utf16_name(head: bytes) -> str:
     return ""
 
 
-# Times of lines
+# -- times of lines --
 
 
 def wanted_time(query: Query, zone: datetime.tzinfo) -> float:
@@ -4468,7 +4475,7 @@ def timed_lines(
         at = at + length if length else next_line(file, at, end)
 
 
-# The whole past: the log and its rotated files, each under the name of its generation
+# -- the past: the log and its rotated files, each under the name of its generation --
 
 MAX_UNPACKED = 16  # files at a time
 MAX_UNPACKED_BYTES = 4096 * MIB  # together
@@ -4743,7 +4750,7 @@ def open_beginning(rotated: RotatedName, cancelled: threading.Event) -> LogFile:
         return LogFile(os.dup(copy.fileno()))
 
 
-def open_past_file(past: PastFile, cancelled: threading.Event) -> LogFile:
+def open_past_file(past: PastFile, _: threading.Event) -> LogFile:
     """Return a file that is not compressed. Raises FileNotFoundError if it was renamed."""
     file = open_log_file(past.path)
     check_identity(file, past)
@@ -4788,7 +4795,8 @@ def times_at_ends(
     return times[0][1], times[-1][1]
 
 
-# The filter language. A term means here what it means in the page, so what it means in JavaScript.
+# -- the filter language: a term means what it means in the page, so in JavaScript --
+
 SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 QUOTED = '"([^"]+)"|[\u201c-\u201e]([^\u201c-\u201e]+)[\u201c\u201d]|\xab([^\xab\xbb]+)\xbb'
 TERM = re.compile(f"(!?)(?:{QUOTED}|([^{SPACE}]+))")
@@ -4954,8 +4962,10 @@ def class_pattern(bracketed: str) -> str:
     return body.replace("\0", r"\x00") + stand_ins + "]"
 
 
-# Times. A log states them in one format: a kind of stamp, and where in the line that stands. The
-# page reads them by the same table (index.html, "Times"): whoever changes one, changes both.
+# -- times: a log states them in one format, a kind of stamp and where in the line that stands --
+#
+# The page reads them by the same table (index.html, "Times"): whoever changes one, changes both.
+
 DAY_S = 86400
 YEAR_S = 365.2425 * DAY_S
 STAMP_BYTES = 100  # a stamp begins within so many bytes of its line
@@ -6626,7 +6636,7 @@ def address_to_open(options: Options, access: AccessControl, listener: socket.so
     return f"{scheme}://{host}:{listener.getsockname()[1]}/{token}"
 
 
-# Limits: file descriptors, what asyncio says once there is none left, garbage collection.
+# -- limits: file descriptors, what asyncio says once there is none left, garbage collection --
 
 
 class Limits(NamedTuple):
@@ -6739,7 +6749,7 @@ def metrics(site: Site) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Writing to the log: --append and --demo.
+# -- writing to the log: --append and --demo --
 
 
 def append_entry(path: str, text: str) -> None:
