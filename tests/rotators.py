@@ -280,11 +280,15 @@ def around(places: dict[int, int], first: int, last: int) -> tuple[int, int]:
     return min([*before, *after], default=0), max([*before, *after, *([] if after else [1 << 60])])
 
 
-def judge(setup: SetUp, got: Came, count: int, disk: set[int]) -> dict[str, int]:
-    """How many lines are missing, told or not, on disk or gone; how many came twice."""
-    found = dict.fromkeys(
-        ("lost", "lost on disk", "told", "told on disk", "at the cut", "repeated", "false"), 0
-    )
+def judge(setup: SetUp, way: str, got: Came, count: int, disk: set[int]) -> dict[str, int]:
+    """How many lines are missing, told or not, on disk or gone; how many came twice.
+
+    Before the first look that found a line nothing is known of a log. Without file events and with
+    copies that lie elsewhere nobody can find out that it was cut by then.
+    """
+    kinds = "lost|lost on disk|told|told on disk|at the cut|before the first look|repeated|false"
+    found = dict.fromkeys(kinds.split("|"), 0)
+    unknowable = way == "blind" and setup.cuts and not setup.listed
     found["repeated"] = got.repeated
     missing = list(runs([number for number in range(count) if number not in got.places]))
     gaps = [around(got.places, *run) for run in missing]
@@ -294,6 +298,9 @@ def judge(setup: SetUp, got: Came, count: int, disk: set[int]) -> dict[str, int]
         told = any(low <= at <= high for at in got.told)
         if setup.cuts and not told and not (there and setup.listed) and there + gone <= AT_THE_CUT:
             found["at the cut"] += there + gone
+            continue
+        if unknowable and not told and last < min(got.places, default=0):
+            found["before the first look"] += there + gone
             continue
         found["told" if told else "lost"] += gone
         found["told on disk" if told else "lost on disk"] += there
@@ -399,7 +406,7 @@ def play(setup: SetUp, way: str, folder: Path, tools: Path) -> dict[str, str]:
 
 def described(setup: SetUp, way: str, got: Came, count: int, disk: set[int]) -> str:
     """The verdict, and which lines are missing."""
-    words = verdict(setup, way, judge(setup, got, count, disk))
+    words = verdict(setup, way, judge(setup, way, got, count, disk))
     missing = runs([number for number in range(count) if number not in got.places])
     spans = [f"{first}-{last}" for first, last in missing]
     words += "".join(f" [{told}]" for told in sorted(set(got.told.values())))
