@@ -90,7 +90,7 @@ import warnings
 import weakref
 import zlib
 import zoneinfo
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
@@ -401,6 +401,10 @@ class LogFile:
         if self.read_bytes(end - len(tail), end) != tail:
             return False
         return self.read_bytes(0, len(head)) == head
+
+    def holds(self, copy: LogFile) -> bool:
+        """Return True if this file begins with all of the other one, as far as 4 KiB tell."""
+        return self.starts_with(copy.fingerprint_at(copy.size))
 
     def is_unchanged(self) -> bool:
         return self.starts_with(self.fingerprint)
@@ -1128,6 +1132,9 @@ async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
         await follower.wait(WATCHDOG_S)
 
 
+NO_COPIES: dict[str, Callable[[LogFile], bool]] = {}
+
+
 class Successor(NamedTuple):
     """A file that was the log after another one, and why lines may be missing between them."""
 
@@ -1155,6 +1162,7 @@ class LogFollower:
         self._pending: collections.deque[Successor] = collections.deque()
         self._published = PublishedFiles()
         self._listed: list[RotatedName] = []  # by whose names the last look decided
+        self._left_out: set[str] = set()  # copies that it did not need: all of them is in the log
         self._watcher = DirectoryWatcher()
         self._arrivals = Arrivals(log_paths(path))
         self._opened_s = time.time()  # since 1970, when the current file became the log
@@ -1449,7 +1457,8 @@ class LogFollower:
     def _enqueue(self, successors: list[Successor]) -> None:
         """Read on in these files, one after the other, once the open one is read to its end."""
         self._pending.extend(successors)
-        self._published.add_present(self._listed)
+        present = [name for name in self._listed if name.path not in self._left_out]
+        self._published.add_present(present)
         self._listed = []
         self._watcher.stalled = False
         self._report_ok()
@@ -1471,8 +1480,9 @@ class LogFollower:
     async def _files_between(self, new: LogFile) -> tuple[list[Successor], str]:
         """Return the files that were the log between the open one and `new`, and a last gap."""
         if self._arrivals.can_tell():
-            visits, own_copies = self._arrivals.visits(), self._arrivals.copies_of_own()
-            chain, gap = await self._open_successors(visits, "", own_copies)
+            copies = dict.fromkeys(self._arrivals.copies_of_log(), new.holds)
+            copies |= dict.fromkeys(self._arrivals.copies_of_own(), self._is_read_anyway)
+            chain, gap = await self._open_successors(self._arrivals.visits(), "", copies)
             told = sum(bool(successor.gap) for successor in chain)
             if not gap and len(chain) + told < self._arrivals.expected_files():
                 gap = "a file that was the log for a while is gone"
@@ -1508,9 +1518,13 @@ class LogFollower:
         self,
         names: list[tuple[str, str]],
         last_gap: str,
-        own_copies: Container[str] = (),
+        copies: Mapping[str, Callable[[LogFile], bool]] = NO_COPIES,
     ) -> tuple[list[Successor], str]:
-        """Open these files, given as (path, gap before it); what cannot be opened is a gap."""
+        """Open these files, given as (path, gap before it); what cannot be opened is a gap.
+
+        `copies` has those that may be needless, since all of it is read elsewhere, and a check.
+        """
+        self._left_out = set()
         successors: list[Successor] = []
         left_bytes, pending_gap = MAX_DECOMPRESSED, ""
         seen: list[LogFile] = []
@@ -1529,7 +1543,8 @@ class LogFollower:
 
             if any(file.same_file(other) for other in [self.current, *seen]):
                 continue  # it came back, and is drained; or has two names
-            if path in own_copies and file.starts_with(self.current.fingerprint):
+            if path in copies and copies[path](file):
+                self._left_out.add(path)
                 continue
             seen.append(file)
             self._pass_published(file)
@@ -1537,6 +1552,11 @@ class LogFollower:
             successors.append(Successor(file, "rotated", pending_gap or gap))
             pending_gap = ""
         return successors, pending_gap or last_gap
+
+    def _is_read_anyway(self, copy: LogFile) -> bool:
+        """Return True if the open file was copied after it was read, or not cut since."""
+        own = self.current
+        return own.holds(copy) or (own.end > 0 and copy.starts_with(own.fingerprint))
 
     def _pass_published(self, file: LogFile) -> None:
         """Go on behind what this process has published of that file. Raises OSError."""
@@ -1560,13 +1580,14 @@ class LogFollower:
             return False
 
         names, gap = successors_of(None, unseen, rotated)
-        chain, gap = await self._open_successors(names, gap)
+        copies = dict.fromkeys(paths, self.current.holds)
+        chain, gap = await self._open_successors(names, gap, copies)
         if not chain:
             return False
         own = self.current.duplicate()
         self._reread(chain[0].file)
         self._enqueue([*chain[1:], Successor(own, "truncated", gap)])
-        self._arrivals.forget_candidates()
+        self._forget_candidates(own)
         return True
 
     def known_gap(self, older: Identity, newer: Identity) -> str:
@@ -1593,7 +1614,7 @@ class LogFollower:
             own = Successor(old.duplicate(), "truncated", gap)
             self._reread(copies[0].file)
             self._enqueue([*copies[1:], own])
-            self._arrivals.forget_candidates()
+            self._forget_candidates(own.file)
             return True
 
         change, start = old.change()
@@ -1609,9 +1630,20 @@ class LogFollower:
         lost = change == "replaced" or (shorter and change != "trimmed")
         reason = "truncated" if shorter else "rewritten"
         self._begin_generation(start, reason, self._doubt() if lost else "")
-        self._arrivals.forget_candidates()
+        self._forget_candidates(new)
         self._report_ok()
         return True
+
+    def _forget_candidates(self, log: LogFile) -> None:
+        """Remember those only that may be copies of what is in the log by now, or just was."""
+        start = log.read_bytes(0, FINGERPRINT_BYTES)
+        kept = list(self._left_out)
+        for path in self._arrivals.candidates():
+            with contextlib.suppress(OSError):
+                copied = first_bytes(path, FINGERPRINT_BYTES)
+                if copied and start.startswith(copied):
+                    kept.append(path)
+        self._arrivals.forget_candidates(kept)
 
     def _end_at(self, end: int) -> None:
         """Note where our file, and those before it with the same bytes, were cut or edited."""
@@ -1658,7 +1690,8 @@ class LogFollower:
         shape = shape_of(paths[0])
         found = [path for path in paths if path in rotated or shape_of(path) == shape]
         found = [path for path in found if not self._published.knows_packed(path)]
-        copies, gap = await self._open_successors([(path, "") for path in found], "")
+        names = [(path, "") for path in found]
+        copies, gap = await self._open_successors(names, "", dict.fromkeys(found, old.holds))
         copies = [copy for copy in copies if not old.was_compressed_to(copy.file)]
         if not copies or not copies[0].file.starts_with(old.fingerprint):
             return [], gap
@@ -2190,6 +2223,10 @@ class Arrivals:
             paths.pop()  # the log itself
         return [(path, "") for path in paths if not is_other_kind(path)]
 
+    def copies_of_log(self) -> list[str]:
+        """Return what appeared under rotated names while the file at the path was the log."""
+        return self._copies_of(self._visitors[-1])
+
     def copies_of_own(self) -> list[str]:
         """Return what appeared under rotated names while the open file was the log."""
         return self._copies_of(self._own)
@@ -2219,8 +2256,10 @@ class Arrivals:
         """Return what appeared while the open file was the log, the oldest first: its copies?"""
         return self._appeared_during(self._own)
 
-    def forget_candidates(self) -> None:
-        self.created = [name for name in self.created if name.during is not self._own]
+    def forget_candidates(self, kept: Container[str]) -> None:
+        mine = [name for name in self.created if name.during is self._own]
+        forgotten = [name for name in mine if name.path not in kept]
+        self.created = [name for name in self.created if name not in forgotten]
 
     def _appeared_during(self, visitor: TrackedName) -> list[str]:
         visited = {name.path for name in self._visitors}

@@ -267,6 +267,37 @@ def test_files_that_are_packed_to_another_name_come_once(renamed, how, serve, vi
     assert gaps(viewer) == []
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "cut"])
+@pytest.mark.parametrize("history", ["ac|eac|eac|e", "ac|eaceac|e", "a|ce|ac|e|ace|", "aceac|eace"])
+def test_a_copy_of_what_nobody_has_read_yet_comes_once(history, removed, packed, serve, view, log):
+    """It is appended to, copied, and ended (removed or cut); at each `|` the server looks."""
+    server, viewer = start(serve, view, log, "live")
+    written, last = FIRST, "entry"
+    numbers = itertools.count(10)
+
+    for steps in history.split("|"):
+        with server.looking_away():
+            for step in steps:
+                if step == "a":
+                    last = f"round {next(numbers)}: entry 99 "
+                    written += add(log, last.partition(":")[0], 100)
+                elif step == "e" and removed:
+                    log.unlink()
+                elif step == "e":
+                    os.truncate(log, 0)
+                else:
+                    copy = log.with_name(f"log.2026-11-27_10-00-{last[6:8]}{'.gz' * packed}")
+                    data = log.read_bytes()
+                    copy.write_bytes(gzip.compress(data) if packed else data)
+        if log.exists() and log.stat().st_size:
+            viewer.wait(last)
+        time.sleep(0.1)  # so that it looks at a log that is empty or missing, too
+
+    assert finished(viewer, log) == written
+    assert gaps(viewer) == []
+
+
 @pytest.mark.parametrize("how", ["away", "polling"])
 @pytest.mark.parametrize("names", ["log.2026-11-27.{}", "log-{:02}-aside"])
 def test_a_hard_link_that_leads_to_one_file_after_another_is_a_rotation(
