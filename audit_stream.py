@@ -1575,13 +1575,16 @@ class LogFollower:
         renamed = any(name.identity == self.current.identity for name in rotated)
         unseen = [name for name in rotated if name.path in paths and name.size]
         unseen = [name for name in unseen if self._is_unseen(name)]
-        unseen = [name for name in unseen if name.modified_s >= self._opened_s - PLAIN_SLACK_S]
+        since_s = self._arrivals.since_s if self._events_tell() else self._opened_s
+        unseen = [name for name in unseen if name.modified_s >= since_s - PLAIN_SLACK_S]
         if renamed or not unseen:
             return False
 
         names, gap = successors_of(None, unseen, rotated)
         copies = dict.fromkeys(paths, self.current.holds)
         chain, gap = await self._open_successors(names, gap, copies)
+        if self._arrivals.apply(self._watcher.take_events()):
+            return True
         if not chain:
             return False
         own = self.current.duplicate()
@@ -1699,13 +1702,16 @@ class LogFollower:
 
     def _names_of_copies(self) -> list[str]:
         """Return files that appeared beside the log and may be copies of it, the oldest first."""
-        if self._watcher.works and self._arrivals.reliable:
+        if self._events_tell():
             return self._arrivals.candidates()
         rotated = self._listed = rotated_files(self.path)
         ours = [name.identity == self.current.identity for name in rotated]
         if True in ours:  # what is newer than our file comes after it, not after its copy
             rotated = rotated[ours.index(True) + 1 :]
         return [name.path for name in reversed(rotated) if self._is_unseen(name)]
+
+    def _events_tell(self) -> bool:
+        return self._watcher.works and self._arrivals.reliable
 
     async def _is_copy(self, path: str) -> bool:
         """Return True if the file holds all that was published of ours."""
@@ -2114,6 +2120,7 @@ class Arrivals:
     def __init__(self, paths_of_log: tuple[str, str], before: Arrivals | None = None) -> None:
         self._paths_of_log = paths_of_log
         self.reliable = True  # no event since the last switch was lost
+        self.since_s: float = before.since_s if before else time.time()  # since 1970
         self._own = TrackedName(paths_of_log[1])  # the file that is open
         self._visitors: list[TrackedName] = []  # were at the log's path after it
         self._at_path: TrackedName | None = self._own
