@@ -1590,7 +1590,7 @@ class LogFollower:
         own = self.current.duplicate()
         self._reread(chain[0].file)
         self._enqueue([*chain[1:], Successor(own, "truncated", gap)])
-        self._forget_candidates(own)
+        self._forget_candidates([path for path, _ in names if path not in self._left_out])
         return True
 
     def known_gap(self, older: Identity, newer: Identity) -> str:
@@ -1610,14 +1610,14 @@ class LogFollower:
         if old.size == 0 and self._in_grace_period():
             return False
 
-        copies, gap = await self._copies()
+        copies, used, gap = await self._copies()
         if self._arrivals.apply(self._watcher.take_events()):
             return True
         if copies:
             own = Successor(old.duplicate(), "truncated", gap)
             self._reread(copies[0].file)
             self._enqueue([*copies[1:], own])
-            self._forget_candidates(own.file)
+            self._forget_candidates(used)
             return True
 
         change, start = old.change()
@@ -1633,20 +1633,25 @@ class LogFollower:
         lost = change == "replaced" or (shorter and change != "trimmed")
         reason = "truncated" if shorter else "rewritten"
         self._begin_generation(start, reason, self._doubt() if lost else "")
-        self._forget_candidates(new)
+        self._forget_candidates(self._candidates_like(old))
         self._report_ok()
         return True
 
-    def _forget_candidates(self, log: LogFile) -> None:
-        """Remember those only that may be copies of what is in the log by now, or just was."""
-        start = log.read_bytes(0, FINGERPRINT_BYTES)
-        kept = list(self._left_out)
+    def _forget_candidates(self, used: Container[str]) -> None:
+        """Forget copies that were read, and what came before them; later ones may be needed yet."""
+        kept = []
+        for path in self._arrivals.candidates():
+            kept = [] if path in used else [*kept, path]
+        self._arrivals.forget_candidates({*kept, *self._left_out})
+
+    def _candidates_like(self, file: LogFile) -> list[str]:
+        """Return those that begin like this file did: copies from before it was read to its end."""
+        found = []
         for path in self._arrivals.candidates():
             with contextlib.suppress(OSError):
-                copied = first_bytes(path, FINGERPRINT_BYTES)
-                if copied and start.startswith(copied):
-                    kept.append(path)
-        self._arrivals.forget_candidates(kept)
+                if file.fingerprint.begins_like(first_bytes(path, FINGERPRINT_BYTES)):
+                    found.append(path)
+        return found
 
     def _end_at(self, end: int) -> None:
         """Note where our file, and those before it with the same bytes, were cut or edited."""
@@ -1678,16 +1683,19 @@ class LogFollower:
         for file in [*self.names.same_inode(self.current), self.current]:
             file.replace_descriptor(copy)
 
-    async def _copies(self) -> tuple[list[Successor], str]:
-        """Return a copy of our file from before it was cut, and what was rotated since."""
+    async def _copies(self) -> tuple[list[Successor], list[str], str]:
+        """Return a copy of our file from before it was cut, what was rotated since, and the paths.
+
+        And a last gap, as _open_successors does.
+        """
         old = self.current
         if not old.end:
-            return [], ""
+            return [], [], ""
         paths = self._names_of_copies()
         while paths and not await self._is_copy(paths[0]):
             del paths[0]
         if not paths:
-            return [], ""
+            return [], [], ""
 
         rotated = [name.path for name in rotated_files(self.path)]
         shape = shape_of(paths[0])
@@ -1697,8 +1705,8 @@ class LogFollower:
         copies, gap = await self._open_successors(names, "", dict.fromkeys(found, old.holds))
         copies = [copy for copy in copies if not old.was_compressed_to(copy.file)]
         if not copies or not copies[0].file.starts_with(old.fingerprint):
-            return [], gap
-        return copies, gap
+            return [], [], gap
+        return copies, [path for path in found if path not in self._left_out], gap
 
     def _names_of_copies(self) -> list[str]:
         """Return files that appeared beside the log and may be copies of it, the oldest first."""

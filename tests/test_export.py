@@ -125,7 +125,9 @@ def test_both_files_land_in_the_folder_for_downloads(
     click(page, "Menu")
     click(page, "Export")
 
-    done = eventually(lambda: sorted(saved.glob("*.txt")) and sorted(saved.glob("*.log")), 30)
+    done = eventually(lambda: sorted(saved.glob("*.log")), 30)
+    ended = f"  {done[0].name}\n"  # the last line, once all of it was written
+    eventually(lambda: [it for it in saved.glob("*.txt") if it.read_text().endswith(ended)], 30)
     (manifest,) = saved.glob("*.txt")
     assert done[0].read_bytes() == everything
     assert holds(manifest.read_text(), saved, log.parent)
