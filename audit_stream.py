@@ -1639,7 +1639,7 @@ class LogFollower:
 
     def _forget_candidates(self, used: Container[str]) -> None:
         """Forget copies that were read, and what came before them; later ones may be needed yet."""
-        kept = []
+        kept: list[str] = []
         for path in self._arrivals.candidates():
             kept = [] if path in used else [*kept, path]
         self._arrivals.forget_candidates({*kept, *self._left_out})
