@@ -1633,7 +1633,7 @@ class LogFollower:
         lost = change == "replaced" or (shorter and change != "trimmed")
         reason = "truncated" if shorter else "rewritten"
         self._begin_generation(start, reason, self._doubt() if lost else "")
-        self._forget_candidates(self._candidates_like(old))
+        self._forget_candidates(self._arrivals.candidates())
         self._report_ok()
         return True
 
@@ -1643,15 +1643,6 @@ class LogFollower:
         for path in self._arrivals.candidates():
             kept = [] if path in used else [*kept, path]
         self._arrivals.forget_candidates({*kept, *self._left_out})
-
-    def _candidates_like(self, file: LogFile) -> list[str]:
-        """Return those that begin like this file did: copies from before it was read to its end."""
-        found = []
-        for path in self._arrivals.candidates():
-            with contextlib.suppress(OSError):
-                if file.fingerprint.begins_like(first_bytes(path, FINGERPRINT_BYTES)):
-                    found.append(path)
-        return found
 
     def _end_at(self, end: int) -> None:
         """Note where our file, and those before it with the same bytes, were cut or edited."""
