@@ -4106,9 +4106,10 @@ def grep_pattern(file: LogFile, query: str, options: str) -> Pattern:
         each = (f"(?{'!' if term.exclude else '='}.*{term.unit})" for term in terms)
         return Pattern(f"{options}P", f"^{''.join(each)}".encode(), needs_valid_utf8=True)
 
-    counts = "c" in options
-    if counts and first.text and first.text.isascii():  # twice as fast if many lines match
-        return Pattern(f"{options}F", first.text.encode(), "C")
+    text = first.text or ""
+    is_plain = text.isascii() and text.isprintable()  # a line end parts patterns for -F
+    if "c" in options and text and is_plain:  # twice as fast if many lines match
+        return Pattern(f"{options}F", text.encode(), "C")
 
     # Plain text cannot match inside invalid bytes, so they can stay.
     spans_invalid = first.text is None or "\ufffd" in first.text

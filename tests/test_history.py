@@ -192,6 +192,16 @@ def test_what_is_not_searched_is_named_and_what_is_around_it_is_found(serve, log
     assert holes and all(hole[0] <= start < end <= hole[1] for start, end in holes)
 
 
+@pytest.mark.parametrize("query", ['"a\nb"', '"\n"', '"a\r"', '"a\tb"', '"a b"', "a", "b"])
+def test_a_count_is_the_number_of_lines_that_a_search_finds(serve, log, query):
+    append(log, "a\nb\na b\na\tb\na\r\n\x1b[31ma\x1b[0m\n")
+    server = serve(log)
+
+    found = len(search(server, query)["matches"])
+
+    assert sum(number for *_, number in count(server, query)["stretches"]) == found
+
+
 @pytest.mark.parametrize("query", ("needle", "/^needle/", "needle !other"))
 def test_a_line_begins_behind_zero_bytes_that_a_crash_left(serve, log, query):
     zeros = b"\0" * 100_000
