@@ -3865,7 +3865,6 @@ Stretch = list[int]  # its start, its end, how many lines match
 Fed = list[ByteRange]  # of the file, what a grep got: it counts only these bytes
 Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
 Process = subprocess.Popen[bytes]
-Lines = Iterator[tuple[int, bytes]]  # where they begin, and many at a time
 Work = Callable[..., T]
 
 
