@@ -485,7 +485,7 @@ def test_a_pasted_receipt_finds_its_file_or_says_that_it_is_gone(
 ) -> None:
     append(log, lines(400).replace("2025-", "2099-"))
     server = serve(log, "--interval", 0.2)
-    page = watch(server.url)
+    page = watch(server.url, trouble=True)  # what is asked of a file that just went gets 404
     page.wait(f"{LINES}.length > 5")
     line = json.loads(server.get("/api/receipt")[2])["line"]
     shift(log)
