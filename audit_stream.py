@@ -2633,6 +2633,7 @@ class Broadcaster:
         self.follower, self.connections = follower, connections
         self.resumer = Resumer(follower)
         self.position = Position(follower.tail, follower.tail.end)
+        self.state = follower.state  # what all live viewers know
         self.live: dict[Connection, asyncio.Future[None]] = {}
         self.checked = asyncio.Event()  # set, and replaced, after each check of the follower
         self._cache: dict[Position, Message] = {}
@@ -2691,13 +2692,14 @@ class Broadcaster:
 
     def _broadcast_state(self) -> None:
         state = self.follower.state
-        if all(viewer.state_sent == state for viewer in self.live):
+        if state == self.state:
             return
+        self.state = state
         frame = text_frame(state_message(state))
         for viewer in self.live:
-            if viewer.speaks_json and viewer.state_sent != state:
-                viewer.write_frame(frame)
             viewer.state_sent = state
+            if viewer.speaks_json:
+                viewer.write_frame(frame)
 
     def broadcast_json(self, message: dict[str, Any]) -> None:
         """Tell all viewers, and those who come later, about the log's integrity."""
@@ -2712,13 +2714,10 @@ class Broadcaster:
         receivers = 0
 
         most_unsent = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
-        for viewer, future in list(self.live.items()):
-            if future.done():
-                continue
+        for viewer in list(self.live):
             if viewer.buffered > most_unsent:
                 self._detach(viewer)
-                continue
-            if frame := frames[viewer.speaks_json]:
+            elif frame := frames[viewer.speaks_json]:
                 viewer.write_frame(frame)
                 receivers += 1
         counters["sent_bytes_total"] += len(plain) * receivers
@@ -2726,7 +2725,7 @@ class Broadcaster:
 
     def _detach(self, viewer: Connection) -> None:
         """Let a viewer read on in the file, from the end of what was sent to it."""
-        future = self.live[viewer]
+        future = self.live.pop(viewer)
         if not future.done():
             viewer.position = self.position
             future.set_result(None)
@@ -2771,9 +2770,9 @@ class Broadcaster:
 
         Raises OSError.
         """
-        if viewer.speaks_json and viewer.state_sent != self.follower.state:
+        if viewer.state_sent != self.follower.state:
             viewer.state_sent = self.follower.state
-            return state_message(viewer.state_sent)
+            return state_message(viewer.state_sent) if viewer.speaks_json else b""
         if viewer.speaks_json and viewer.proof_sent is not self._proof:
             viewer.proof_sent = self._proof
             return self._proof
@@ -2793,7 +2792,8 @@ class Broadcaster:
 
     async def _wait_live(self, viewer: Connection) -> None:
         """Wait as a live viewer; return when this viewer has to read the file itself."""
-        if viewer.position and normalize(viewer.position) != self.position:
+        at_end = viewer.position is None or normalize(viewer.position) == self.position
+        if not at_end or viewer.state_sent != self.state:
             await self.checked.wait()  # the follower has yet to say what happened
             return
         self.live[viewer] = asyncio.get_running_loop().create_future()
@@ -2801,7 +2801,7 @@ class Broadcaster:
         try:
             await self.live[viewer]
         finally:
-            del self.live[viewer]
+            self.live.pop(viewer, None)
 
     async def tell_trouble(self, viewer: Connection) -> None:
         """Tell a viewer the state, if it is news, and wait for the next check."""
@@ -2821,6 +2821,7 @@ async def handle_viewer(
 ) -> None:
     """Serve a viewer until it leaves; what it sends is read and ignored."""
     assert isinstance(viewer, Connection)
+    viewer.speaks_json = viewer.subprotocol == PROTOCOL
     sending = asyncio.create_task(send_loop(broadcaster, initial_bytes, viewer))
     try:
         async for _ in viewer:
@@ -2971,6 +2972,7 @@ class Connection(ServerConnection):
         self.who: dict[str, str] = {}  # how the access record names this viewer
         self.query: dict[str, str] = {}
         self.arrived = False
+        self.speaks_json = False  # from the end of the handshake on
         self.position: Position | None = None  # this and the next one belong to the Broadcaster
         self.state_sent = LogState("ok", "")
         self.proof_sent = b""
@@ -3070,10 +3072,6 @@ class Connection(ServerConnection):
     def buffered(self) -> int:
         """Bytes in the write buffer: what the kernel has not taken yet."""
         return self.transport.get_write_buffer_size()
-
-    @property
-    def speaks_json(self) -> bool:
-        return self.subprotocol == PROTOCOL
 
     def is_stalled(self) -> bool:
         """Return True if the client makes no progress with what it has to send or to take."""

@@ -5,6 +5,7 @@ is what can be compared between machines.
 """
 
 import contextlib
+import ctypes
 import gzip
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from harness import KEY, Server, append, eventually, lines
 from websockets.sync.client import connect
 
 MIB = 2**20
+IN_MODIFY = 2
 END = b"the end of the burst\n"
 REQUEST = (
     "GET /ws/audit HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -66,21 +68,89 @@ def delays(log: Path, read: Callable[[], object], count: int = 300) -> list[floa
 
 
 def latency() -> None:
-    with serving() as (server, log):
-        with connect(server.ws, proxy=None) as viewer:
-            viewer.recv()
-            ours = delays(log, viewer.recv)
-        with subprocess.Popen(
-            ["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as tail:
-            assert tail.stdout
-            pipe = tail.stdout.fileno()
-            os.read(pipe, 65536)
-            theirs = delays(log, lambda: os.read(pipe, 65536))
-            tail.terminate()
+    with contextlib.ExitStack() as stack:
+        server, log = stack.enter_context(serving())
+        viewer = stack.enter_context(server.upgrade())
+        viewer.recv(65536)
+        ours = delays(log, lambda: viewer.recv(65536))
+        port = stack.enter_context(baseline(follow, log))
+        reader = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        reader.recv(1)
+        bare = delays(log, lambda: reader.recv(65536))
+        tail = stack.enter_context(
+            subprocess.Popen(
+                ["tail", "-n1", "-F", log], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        )
+        assert tail.stdout
+        pipe = tail.stdout.fileno()
+        os.read(pipe, 65536)
+        theirs = delays(log, lambda: os.read(pipe, 65536))
+        tail.terminate()
     for name, place in (("p50", 0.5), ("p95", 0.95), ("max", 0.999)):
         at = int(place * len(ours))
-        report(f"append to reader, {name}", ours[at], theirs[at], "ms", "tail -F through a pipe")
+        what = f"append to reader, {name}"
+        report(what, ours[at], bare[at], "ms", "an inotify event and a send")
+        report(what, ours[at], theirs[at], "ms", "tail -F through a pipe")
+
+
+def follow(listener: socket.socket, path: Path) -> None:
+    """The baseline of one line: wait for the kernel's event, read, send."""
+    libc = ctypes.CDLL(None)
+    events = libc.inotify_init1(0)
+    libc.inotify_add_watch(events, os.fsencode(path), IN_MODIFY)
+    client, _ = listener.accept()
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with open(path, "rb", buffering=0) as log:
+        log.seek(0, os.SEEK_END)
+        client.sendall(b"!")
+        while os.read(events, 4096):
+            client.sendall(log.read())
+
+
+# One line to very many.
+
+
+def fan_out(viewers: int, messages: int = 100) -> None:
+    """Measure the processor time of a message, beside a program that does nothing but send it."""
+    message = lines(1).encode()
+
+    def whole(last: bytes) -> bool:
+        return message in last  # a ping may stand behind it
+
+    with contextlib.ExitStack() as stack:
+        server, log = stack.enter_context(serving("--rate-limit", 0))
+        clients = [stack.enter_context(server.upgrade()) for _ in range(viewers)]
+        ready(clients, lambda last: b"\n" in last)
+        before = server.cpu()
+        for _ in range(messages):
+            append(log, message)
+            ready(clients, whole)
+        ours = (server.cpu() - before) / messages
+
+    with baseline(send, (viewers, message)) as port, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", port)
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(viewers)]
+        for _ in range(messages):
+            clients[0].sendall(b"!")
+            ready(clients, whole)
+        clients[0].shutdown(socket.SHUT_WR)
+        theirs = float(clients[0].recv(100)) / messages
+    what = f"processor time of a line to {viewers} viewers"
+    report(what, 1000 * ours, 1000 * theirs, "ms", "nothing but send")
+
+
+def send(listener: socket.socket, what: tuple[int, bytes]) -> None:
+    """The baseline of many viewers: who came first gives the word, and all get the message."""
+    viewers, message = what
+    clients = [listener.accept()[0] for _ in range(viewers)]
+    for client in clients:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    before = time.process_time()
+    while clients[0].recv(1):
+        for client in clients:
+            client.send(message)
+    clients[0].sendall(str(time.process_time() - before).encode())
 
 
 # Many bytes to some, some bytes to many.
@@ -395,6 +465,8 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     latency()
+    for viewers in (1000, 5000):
+        fan_out(viewers)
     for viewers in (1, 20):
         burst(viewers)
     viewers_at_once()
