@@ -162,6 +162,11 @@ class Began(NamedTuple):
     gap: str  # why lines may be missing between them, "" if none can be
 
 
+# What was read at once, and whether a hole ends it; None if the last published bytes, which the
+# same call reads and compares, have changed.
+NewBytes = tuple[bytes, bool] | None
+
+
 class LogFile:
     """One generation of the log: an open file, and how far it was published."""
 
@@ -293,11 +298,8 @@ class LogFile:
             hole = min(hole, reserved.end())
         return data[:hole].rstrip(b"\0") if hole < len(data) or reserved else data
 
-    def read_new(self) -> tuple[bytes, bool] | None:
-        """Return what follows the published bytes: at most a message, and whether a hole ends it.
-
-        None if the last published bytes have changed: the same call reads and compares them.
-        """
+    def read_new(self) -> NewBytes:
+        """Return what follows the published bytes: at most a message."""
         end, _, tail = self.fingerprint
         data = os.pread(self._fd, len(tail) + MAX_MESSAGE, end - len(tail))
         if len(data) < len(tail):
@@ -1268,9 +1270,10 @@ class LogFollower:
         """
         async with self._check_lock:
             try:
+                new = self.current.read_new()  # before the events that tell of copies are taken
                 if await self._find_unseen():
                     return True
-                if self.publish_new_bytes(self.current):
+                if self._publish(self.current, new):
                     if self._reads_failed:
                         self._report_ok()  # before the first bytes
                     return True  # broadcast first, look around afterwards
@@ -1286,12 +1289,14 @@ class LogFollower:
                 self.next_check.set()
                 self.next_check = asyncio.Event()
 
-    def publish_new_bytes(self, file: LogFile, final: bool = False) -> bool:
-        """Publish the complete lines, and an unfinished one if it has waited long enough.
+    def _publish_new(self, file: LogFile, final: bool) -> bool:
+        return self._publish(file, file.read_new(), final)
+
+    def _publish(self, file: LogFile, new: NewBytes, final: bool = False) -> bool:
+        """Publish the complete lines of what is new, and an unfinished one if it is due.
 
         Return True if anything was published.
         """
-        new = file.read_new()
         if new is None:
             return False  # it was cut or rewritten
         data, before_hole = new
@@ -1331,7 +1336,7 @@ class LogFollower:
         more = False
         for file, until_s in list(self.draining.items()):
             start, over = file.end, time.monotonic() > until_s
-            self.publish_new_bytes(file, final=over)
+            self._publish_new(file, final=over)
             grew = file.end > start
 
             if grew:
@@ -1360,7 +1365,7 @@ class LogFollower:
     async def _look_around(self) -> bool:
         """Return True if something happened, and there may be more to read."""
         if self._pending:
-            self.publish_new_bytes(self.current, final=True)  # if it fails, nothing has changed yet
+            self._publish_new(self.current, final=True)  # if it fails, nothing has changed yet
             self._switch_to(self._pending.popleft())
             return True
         self._watch()
@@ -1527,7 +1532,8 @@ class LogFollower:
         self._left_out = set()
         successors: list[Successor] = []
         left_bytes, pending_gap = MAX_DECOMPRESSED, ""
-        seen: list[LogFile] = []
+        appeared = {name.path for name in self._arrivals.created}
+        opened: dict[str, LogFile] = {}
         for path, gap in names:
             try:
                 if not path:
@@ -1541,12 +1547,16 @@ class LogFollower:
                 pending_gap = f"{name} {problem_of(error)}"
                 continue
 
-            if any(file.same_file(other) for other in [self.current, *seen]):
+            known = [self.current, *opened.values()]
+            if any(file.same_file(other) for other in known):
                 continue  # it came back, and is drained; or has two names
             if path in copies and copies[path](file):
                 self._left_out.add(path)
                 continue
-            seen.append(file)
+            last = next(reversed(opened), "")
+            if last in appeared and file.holds(opened[last]):
+                gap = successors.pop().gap  # the same was copied before, and not cut then
+            opened[path] = file
             self._pass_published(file)
             left_bytes = left_after(left_bytes, path, file)
             successors.append(Successor(file, "rotated", pending_gap or gap))
@@ -1571,13 +1581,16 @@ class LogFollower:
         paths = self._names_of_copies()
         if not paths:
             return False
-        rotated = self._listed = rotated_files(self.path)
+        rotated = rotated_files(self.path)
+        later = {path for path, _ in self._arrivals.visits()}
+        self._listed = [name for name in rotated if name.path not in later]
+        events_tell = self._events_tell()
         renamed = any(name.identity == self.current.identity for name in rotated)
         unseen = [name for name in rotated if name.path in paths and name.size]
         unseen = [name for name in unseen if self._is_unseen(name)]
-        since_s = self._arrivals.since_s if self._events_tell() else self._opened_s
+        since_s = self._arrivals.since_s if events_tell else self._opened_s
         unseen = [name for name in unseen if name.modified_s >= since_s - PLAIN_SLACK_S]
-        if renamed or not unseen:
+        if not unseen or (renamed and not events_tell):
             return False
 
         names, gap = successors_of(None, unseen, rotated)

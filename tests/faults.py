@@ -1,4 +1,4 @@
-"""Reads, opens and stats of one folder that fail on request, in a server that runs under a shim."""
+"""Calls about one folder that fail, or stop the process, in a server that runs under a shim."""
 
 import errno
 import os
@@ -41,9 +41,10 @@ class Faults:
         opens: int = 0,
         because: int = errno.ENFILE,
         stats: int = 0,
+        stop_at: int = 0,
     ) -> None:
-        """Of 1000 calls so many."""
-        text = f"{reads} {of} {short} {opens} {because} {stats}\n".ljust(100)
+        """Of 1000 calls so many; and the process stops at one of the next calls."""
+        text = f"{reads} {of} {short} {opens} {because} {stats} {stop_at}\n".ljust(100)
         with open(self.control, "r+b", buffering=0) as file:
             file.write(text.encode())
 

@@ -301,12 +301,16 @@ class Server:
         assert answer.startswith(b"HTTP/1.1 101 "), answer
         return client
 
+    def is_stopped(self) -> bool:
+        """Return True after SIGSTOP, proc_pid_stat(5)."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
+
     @contextlib.contextmanager
     def looking_away(self) -> Iterator[None]:
         """The process stands still meanwhile."""
-        state = Path(f"/proc/{self.process.pid}/stat")
         self.process.send_signal(signal.SIGSTOP)
-        eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+        eventually(self.is_stopped)
         try:
             yield
         finally:

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -80,6 +82,60 @@ def test_calls_that_fail_now_and_then_lose_nothing(what, faults, view, log):
     unread = {frame["gap"] for frame in viewer.of("generation")} - {None}
     assert len(came) == len(set(came)) and set(viewer.reasons()) == {"rotated"}
     assert came == wanted or (unread and set(came) <= set(wanted))
+
+
+# What happens before the process looks, and while it stands still at one of the calls of that look:
+# the log is a(ppended to), c(opied), e(mptied), u(nlinked), r(enamed).
+SLOW = pytest.mark.slow
+ROTATIONS = [
+    ("aca", "ceacecea"),
+    ("ra", "cerarace"),
+    pytest.param("rara", "aracacerar", marks=SLOW),
+    pytest.param("acua", "accu", marks=SLOW),
+    pytest.param("ara", "acecer", marks=SLOW),
+    pytest.param("acecea", "ceacecea", marks=SLOW),
+]
+MOMENTS = 60  # that many calls of a look are intercepted
+
+
+@pytest.mark.parametrize("before, meanwhile", ROTATIONS)
+def test_a_rotation_at_any_moment_of_a_look_loses_nothing(before, meanwhile, faults, view, log):
+    viewer, written = start(faults, view, log), FIRST
+    numbers = itertools.count(100)
+    stopped = 0
+
+    def step(kind):
+        number = next(numbers)
+        rotated = log.with_name(f"log.2026-11-27_10-{number // 60:02}-{number % 60:02}")
+        if kind == "a":
+            return add(log, f"step {number}", 3)
+        elif kind == "c":
+            shutil.copy(log, rotated)
+        elif kind == "e":
+            os.truncate(log, 0)
+        elif kind == "u":
+            log.unlink()
+        elif log.exists():
+            log.rename(rotated)
+        return ""
+
+    for moment in range(1, MOMENTS):
+        with faults.server.looking_away():
+            written += "".join(map(step, before))
+            faults.happen(stop_at=moment)
+        with contextlib.suppress(AssertionError):
+            eventually(faults.server.is_stopped, 0.5)
+            stopped += 1
+        written += "".join(map(step, meanwhile))
+        faults.nothing()
+        faults.server.process.send_signal(signal.SIGCONT)
+        last = step("a")
+        written += last
+        viewer.wait(last)
+
+    assert stopped > MOMENTS / 2
+    assert viewer.joined() == written
+    assert not any(frame["gap"] for frame in viewer.of("generation"))
 
 
 def test_short_reads_are_neither_the_end_of_the_file_nor_a_rewrite(faults, view, log):
