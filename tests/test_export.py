@@ -154,6 +154,63 @@ def test_what_the_filter_shows_is_saved_as_the_bytes_that_they_are(
     assert 'content: lines that match "odd", 5 lines' in manifest
 
 
+TRACE = """[2025-12-17T17:40:37Z] ERROR request {0} failed
+java.lang.IllegalStateException: odd {0}
+\tat com.example.Main.run(Main.java:{0})
+Caused by: java.io.IOException: pipe {0}
+"""
+
+
+@pytest.mark.parametrize("query", ["odd", "IOException", "failed", "Main.java !42"])
+def test_a_match_is_saved_with_its_entry_as_the_page_shows_it(
+    query: str, serve: Serve, log: Path, watch: Watch, tmp_path: Path
+) -> None:
+    append(log, lines(3) + "".join(TRACE.format(number) + lines(40) for number in range(100)))
+    shift(log)
+    append(log, lines(300) + "".join(TRACE.format(number) for number in range(1000)) + lines(50))
+    page = opened(serve, log, watch)
+    search(page, query)
+    page.wait("document.querySelector('#count').dataset.total > 0")
+
+    data, manifest = export(page, tmp_path / "saved")
+
+    words, _, without = query.partition(" !")
+    traces = [TRACE.format(number) for number in [*range(100), *range(1000)]]
+    matches = [
+        [line for line in trace.splitlines() if words in line and not (without and without in line)]
+        for trace in traces
+    ]
+    shown = [trace for trace, found in zip(traces, matches, strict=True) if found]
+    assert data.decode() == "".join(shown)
+    assert holds(manifest, tmp_path / "saved", log.parent)
+    count = sum(map(len, matches))
+    assert f", {count:,} line" in manifest
+    assert f"with {4 * len(shown) - count:,} other lines of their entries" in manifest
+
+
+@pytest.mark.slow
+def test_entries_of_very_many_matches_far_apart_are_not_read_and_that_is_said(
+    serve: Serve, log: Path, watch: Watch, tmp_path: Path
+) -> None:
+    far = lines(13_000)  # more than one answer holds
+    append(log, "".join(TRACE.format(number) + far for number in range(410)))
+    page = opened(serve, log, watch, "--rate-limit", 0)
+    search(page, "odd")
+    page.wait("document.querySelector('#count').dataset.total === '410'", timeout=60)
+
+    data, manifest = export(page, tmp_path / "saved")
+
+    (bare,) = re.findall(r"before byte (\d+), and what is older: only lines that match", manifest)
+    position, expected = 0, ""
+    for number in range(410):
+        trace = TRACE.format(number)
+        alone = position < int(bare)
+        expected += trace.splitlines(True)[1] if alone else trace
+        position += len((trace + far).encode())
+    assert data.decode() == expected and 0 < int(bare) < position
+    assert holds(manifest, tmp_path / "saved", log.parent)
+
+
 def test_a_selection_is_saved_from_character_to_character(
     serve: Serve, log: Path, watch: Watch, tmp_path: Path
 ) -> None:
