@@ -2888,6 +2888,9 @@ REQUEST_BYTES = 64 * KIB  # from a client before its request is complete, TLS ha
 VIEWER_BYTES = 256 * KIB  # from a viewer, who has nothing to say
 REFILL_BYTES_S = 4 * KIB  # so fast these budgets fill up again
 MESSAGE_BYTES = 256  # what a message costs of this budget besides
+TURN_S = 0.05  # in such a turn all connections together may send
+TURN_BYTES = 64 * KIB  # this; whoever sends more then waits
+TURN_CONNECTIONS = 64  # that are heard again in each of the next turns
 ANSWERS_BYTES = 64 * MIB  # in all answers that are under way
 SMALL_BYTES = 16 * KIB  # an answer of this size is never refused
 KERNEL_BYTES = 64 * KIB  # in the kernel for one client
@@ -2905,6 +2908,9 @@ class Connections:
         self.awaiting_request: dict[Connection, None] = {}  # the oldest first
         self.answered: dict[Connection, None] = {}  # the oldest first
         self.answer_bytes = 0
+        self.waiting: dict[Connection, None] = {}  # nothing is read from them; the oldest first
+        self.received_bytes = 0  # in this turn
+        self.turn_timer: asyncio.TimerHandle | None = None
 
     def add(self, connection: Connection) -> None:
         """Take in a new connection; if there are too many, another one has to go."""
@@ -2928,8 +2934,29 @@ class Connections:
         self.viewers.discard(connection)
         self.awaiting_request.pop(connection, None)
         self.answered.pop(connection, None)
+        self.waiting.pop(connection, None)
         self.answer_bytes -= connection.answer_bytes
         connection.answer_bytes = 0
+
+    def count_received(self, connection: Connection, size_bytes: int) -> None:
+        """Let a connection wait if all of them send more than what else there is to do bears."""
+        if self.turn_timer is None:
+            self.turn_timer = connection.loop.call_later(TURN_S, self.begin_turn)
+        self.received_bytes += size_bytes
+        if self.received_bytes > TURN_BYTES:
+            connection.tcp.pause_reading()
+            self.waiting[connection] = None
+
+    def begin_turn(self) -> None:
+        """Hear those who have waited longest."""
+        self.received_bytes = 0
+        self.turn_timer = None
+        for connection in list(itertools.islice(self.waiting, TURN_CONNECTIONS)):
+            del self.waiting[connection]
+            connection.tcp.resume_reading()
+        if self.waiting:
+            loop = asyncio.get_running_loop()
+            self.turn_timer = loop.call_later(TURN_S, self.begin_turn)
 
     def begin_request(self, connection: Connection) -> None:
         self.awaiting_request.pop(connection, None)
@@ -3050,6 +3077,7 @@ class Connection(ServerConnection):
         used, then = self.received
         used = max(0.0, used - (now - then) * REFILL_BYTES_S) + size_bytes
         self.received = used, now
+        self.connections.count_received(self, size_bytes)
 
         budget = VIEWER_BYTES if self in self.connections.viewers else REQUEST_BYTES
         if used > budget:
