@@ -247,6 +247,18 @@ def test_floods_of_small_messages_hold_up_nobody(serve, log, crowd):
     check_it_lives(server, 100 * MIB)
 
 
+def test_a_crowd_that_floods_leaves_time_for_everybody_else(serve, log, crowd):
+    server = start(serve, log)
+    crowd(server).send(600, request("/ws/audit", HANDSHAKE) + frame(9, b"x" * 125) * 450)
+
+    spent, began = server.cpu(), time.monotonic()
+    time.sleep(1)
+    share = (server.cpu() - spent) / (time.monotonic() - began)
+
+    assert share < 0.7  # unbounded it is all of a core
+    check_it_lives(server, 100 * MIB)
+
+
 def test_one_large_message_gets_1009_and_small_talk_is_heard_out(serve, log, view):
     server = start(serve, log)
     talkative, large = view(server, json=True), view(server, json=True)
