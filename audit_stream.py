@@ -1582,15 +1582,8 @@ class LogFollower:
         if not paths:
             return False
         rotated = rotated_files(self.path)
-        later = {path for path, _ in self._arrivals.visits()}
-        self._listed = [name for name in rotated if name.path not in later]
-        events_tell = self._events_tell()
-        renamed = any(name.identity == self.current.identity for name in rotated)
-        unseen = [name for name in rotated if name.path in paths and name.size]
-        unseen = [name for name in unseen if self._is_unseen(name)]
-        since_s = self._arrivals.since_s if events_tell else self._opened_s
-        unseen = [name for name in unseen if name.modified_s >= since_s - PLAIN_SLACK_S]
-        if not unseen or (renamed and not events_tell):
+        unseen = self._unseen_copies(paths, rotated)
+        if not unseen:
             return False
 
         names, gap = successors_of(None, unseen, rotated)
@@ -1605,6 +1598,20 @@ class LogFollower:
         self._enqueue([*chain[1:], Successor(own, "truncated", gap)])
         self._forget_candidates([path for path, _ in names if path not in self._left_out])
         return True
+
+    def _unseen_copies(self, paths: list[str], rotated: list[RotatedName]) -> list[RotatedName]:
+        """Return which of these copies are new and hold anything; none where nobody can tell."""
+        later = {path for path, _ in self._arrivals.visits()}
+        self._listed = [name for name in rotated if name.path not in later]
+        events_tell = self._events_tell()
+        renamed = any(name.identity == self.current.identity for name in rotated)
+        if renamed and not events_tell:
+            return []
+
+        unseen = [name for name in rotated if name.path in paths and name.size]
+        unseen = [name for name in unseen if self._is_unseen(name)]
+        since_s = self._arrivals.since_s if events_tell else self._opened_s
+        return [name for name in unseen if name.modified_s >= since_s - PLAIN_SLACK_S]
 
     def known_gap(self, older: Identity, newer: Identity) -> str:
         """Return why lines are missing between two files, by identity, if this process knows it."""
@@ -4564,7 +4571,7 @@ def timed_lines(
 MAX_UNPACKED = 16  # files at a time
 MAX_UNPACKED_BYTES = 4096 * MIB  # together
 MAX_FILE_BYTES = 1024 * MIB  # each, and half of what is free
-KEEP_S = 300.0  # after somebody looked at it
+UNUSED_S = 300.0  # after somebody looked at it
 DECOMPRESS_S = 5.0  # a client waits no longer, but comes again
 FOLLOWED_RENAMES = 3  # of a file while it is opened
 
@@ -4760,7 +4767,7 @@ class FileSet:
             job = self.unpacking[past.key] = asyncio.create_task(self.unpack(past))
             job.add_done_callback(job_bytes)  # sees the error even if nobody waits any more
         self.used_s[past.key] = time.monotonic()
-        asyncio.get_running_loop().call_later(KEEP_S + 1, self.forget_unused)
+        asyncio.get_running_loop().call_later(UNUSED_S + 1, self.forget_unused)
 
         await asyncio.wait([job], timeout=DECOMPRESS_S)
         if not job.done():
@@ -4788,7 +4795,7 @@ class FileSet:
         size = sum(job_bytes(self.unpacking[key]) for key in done)
         done.sort(key=self.used_s.__getitem__)
         for number, key in enumerate(done):
-            unused = time.monotonic() - self.used_s[key] > KEEP_S
+            unused = time.monotonic() - self.used_s[key] > UNUSED_S
             many = len(done) - number >= MAX_UNPACKED
             if not (unused or many or size > MAX_UNPACKED_BYTES):
                 break

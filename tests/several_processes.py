@@ -1,7 +1,8 @@
-"""Several processes share the tests, because a test waits more than it works: two for each core.
+"""Several processes share the tests, because a test waits more than it works: three for each core.
 
 A unit is some tests of a file, or of what one browser does in it. Each process takes the next unit
-that is free; the results of the others count as if they were of the first.
+that is free, every other one from the end: so what works (browsers, which come first) runs beside
+what waits. The results of the others count as if they were of the first.
 AUDIT_STREAM_TESTS=1 is one process.
 """
 
@@ -22,8 +23,9 @@ from pathlib import Path
 import pytest
 
 MOST = 16  # tests in a unit: what its fixtures cost is paid once for each
-FOLDER = "TESTS_SHARED_IN"  # environment variable of the other processes
-PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 2 * (os.cpu_count() or 1)))
+FOLDER = "TESTS_SHARED_IN"  # environment variables of the other processes
+FROM_END = "TESTS_FROM_END"
+PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 3 * (os.cpu_count() or 1)))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -67,10 +69,11 @@ def take(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
         file = unit_of(item)
         units.setdefault(f"{file}-{count[file] // MOST}", []).append(item)
         count[file] += 1
-    for unit, tests in units.items():
+    order = reversed(units) if os.environ.get(FROM_END) else iter(units)
+    for unit in order:
         with contextlib.suppress(FileExistsError):
             (folder / unit).mkdir()
-            yield from tests
+            yield from units[unit]
 
 
 def unit_of(item: pytest.Item) -> str:
@@ -93,7 +96,7 @@ class Recorder:
 @contextlib.contextmanager
 def other_process(session: pytest.Session, folder: Path, number: int) -> Iterator[None]:
     command = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
-    variables = os.environ | {FOLDER: str(folder)}
+    variables = os.environ | {FOLDER: str(folder), FROM_END: "" if number % 2 else "1"}
     with open(folder / f"{number}.output", "wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables

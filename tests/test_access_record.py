@@ -205,5 +205,6 @@ def test_nobody_is_asked_twice(named):
         client.shutdown(socket.SHUT_WR)
 
     assert answer.startswith(b"HTTP/1.1 401 ") and answer.endswith(b"</script>\n")
-    with pytest.raises(urllib.error.HTTPError, match="401"):
+    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
         urllib.request.urlopen(named.url)
+    refused.value.close()

@@ -161,7 +161,15 @@ Caused by: java.io.IOException: pipe {0}
 """
 
 
-@pytest.mark.parametrize("query", ["odd", "IOException", "failed", "Main.java !42"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "Main.java !42",
+        pytest.param("odd", marks=pytest.mark.slow),
+        pytest.param("IOException", marks=pytest.mark.slow),
+        pytest.param("failed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_match_is_saved_with_its_entry_as_the_page_shows_it(
     query: str, serve: Serve, log: Path, watch: Watch, tmp_path: Path
 ) -> None:

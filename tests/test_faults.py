@@ -45,7 +45,7 @@ def start(faults, view, log):
     return view(faults.server, json=True).wait(FIRST)
 
 
-def busy(log, viewer, seconds=4):
+def busy(log, viewer, seconds=2.5):
     """Lines and rotations all the time; what was written."""
     written, deadline, number = "", time.monotonic() + seconds, 0
     while time.monotonic() < deadline:

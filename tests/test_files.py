@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -372,6 +373,7 @@ def test_what_may_be_asked_about_the_log_is_what_stat_and_lsattr_say(serve, log)
     assert "Latin-1" in told["encoding"] and told["append_only"] in (False, None)
 
 
+@pytest.mark.skipif(not shutil.which("chattr"), reason="no chattr")
 def test_a_log_that_can_only_grow_is_told_as_such(serve, log):
     append(log, lines(3))
     if subprocess.run(["chattr", "+a", log], capture_output=True).returncode:

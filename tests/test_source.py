@@ -14,7 +14,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import pytest
 
@@ -228,6 +228,31 @@ def own_nodes(scope: ast.Module | Function) -> Iterator[ast.AST]:
             ahead += ast.iter_child_nodes(node)
 
 
+def no_name_of_the_module_is_given_twice(source: Source) -> Iterator[Finding]:
+    """The second would count everywhere, also where the first is meant."""
+    seen: set[str] = set()
+    for statement in source.tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [statement.name]
+        else:
+            targets = targets_of(statement)
+            names = [node.id for each in targets for node in ast.walk(each) if is_bound(node)]
+        for name in names:
+            if name in seen:
+                yield statement.lineno, f"{name} is given a second time"
+            seen.add(name)
+
+
+def targets_of(statement: ast.stmt) -> list[ast.expr]:
+    if isinstance(statement, ast.AnnAssign):
+        return [statement.target] if statement.value else []
+    return statement.targets if isinstance(statement, ast.Assign) else []
+
+
+def is_bound(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
 # -- owners ----------------------------------------------------------------------------------------
 
 
@@ -281,6 +306,7 @@ CHECKS: list[Callable[[Source], Iterator[Finding]]] = [
     phases_are_paragraphs,
     docstrings_of_functions_begin_with_a_verb,
     no_local_has_a_name_of_the_module,
+    no_name_of_the_module_is_given_twice,
     a_descriptor_is_used_by_its_owner_only,
     sections_stand_in_their_order,
 ]
@@ -322,6 +348,7 @@ def step(time):
         six
     )
     return seven
+A_TABLE: list[int] = []
 """
 
 
@@ -338,6 +365,7 @@ def test_each_fault_is_found(tmp_path: Path) -> None:
         "phases_are_paragraphs": [5],
         "docstrings_of_functions_begin_with_a_verb": [5],
         "no_local_has_a_name_of_the_module": [5],
+        "no_name_of_the_module_is_given_twice": [21],
         "a_descriptor_is_used_by_its_owner_only": [15],
         "sections_stand_in_their_order": [1, 4, 4],
     }
