@@ -1532,7 +1532,7 @@ class LogFollower:
         self._left_out = set()
         successors: list[Successor] = []
         left_bytes, pending_gap = MAX_DECOMPRESSED, ""
-        appeared = {name.path for name in self._arrivals.created}
+        appeared = {name.path for name in self._arrivals.created} - {""}
         opened: dict[str, LogFile] = {}
         for path, gap in names:
             try:

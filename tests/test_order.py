@@ -298,6 +298,23 @@ def test_a_copy_of_what_nobody_has_read_yet_comes_once(history, removed, packed,
     assert gaps(viewer) == []
 
 
+@pytest.mark.parametrize("how", ["live", "away", "polling"])
+def test_a_copy_that_goes_again_before_a_rotation_ends_nothing(how, serve, view, log):
+    server, viewer = start(serve, view, log, how)
+
+    with away(server, how):
+        written = add(log, "before")
+        shutil.copy(log, log.with_name("log.2026-11-27"))
+        log.with_name("log.2026-11-27").unlink()
+        for number in (1, 2):
+            shift(log)
+            written += add(log, f"after {number}")
+    viewer.wait("after 2: entry 9 ")
+
+    assert finished(viewer, log) == FIRST + written
+    assert gaps(viewer) == []
+
+
 @pytest.mark.parametrize("how", ["away", "polling"])
 @pytest.mark.parametrize("names", ["log.2026-11-27.{}", "log-{:02}-aside"])
 def test_a_hard_link_that_leads_to_one_file_after_another_is_a_rotation(
