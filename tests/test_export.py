@@ -196,6 +196,22 @@ def test_a_match_is_saved_with_its_entry_as_the_page_shows_it(
     assert f"with {4 * len(shown) - count:,} other lines of their entries" in manifest
 
 
+def test_a_match_behind_zero_bytes_is_saved(
+    serve: Serve, log: Path, watch: Watch, tmp_path: Path
+) -> None:
+    """A crash left them: the line begins behind them."""
+    append(log, lines(5).encode() + b"\0" * 50 + b"odd one\n" + lines(3).encode())
+    append(log, b"\0" * 9000 + b"odd two\n\r\nodd three\r\n" + lines(300).encode())
+    page = opened(serve, log, watch)
+    search(page, "odd")
+    page.wait("document.querySelector('#count').dataset.total === '3'")
+
+    data, manifest = export(page, tmp_path / "saved")
+
+    assert data == b"odd one\nodd two\nodd three\r\n"
+    assert holds(manifest, tmp_path / "saved", log.parent)
+
+
 @pytest.mark.slow
 def test_entries_of_very_many_matches_far_apart_are_not_read_and_that_is_said(
     serve: Serve, log: Path, watch: Watch, tmp_path: Path
