@@ -21,8 +21,12 @@ window.seen = {first: 0, longest: 0, frames: []};
 new PerformanceObserver((list) => {
   for (const task of list.getEntries()) seen.longest = Math.max(seen.longest, task.duration);
 }).observe({type: "longtask", buffered: true});
+new MutationObserver((_, observer) => {
+  if (!document.querySelector("#auditBox .line")) return;
+  seen.first = performance.now();
+  observer.disconnect();
+}).observe(document, {childList: true, subtree: true});
 requestAnimationFrame(function look(now) {
-  if (!seen.first && document.querySelector("#auditBox .line")) seen.first = performance.now();
   seen.frames.push(now - (seen.last || now));
   seen.last = now;
   requestAnimationFrame(look);

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import WEBKITS, Browser, Page, unavailable
+from browsers import WEBKITS, Browser, ChromiumPage, Page, unavailable
 from harness import append, eventually, free_port
 from page_actions import (
     AT_REST,
@@ -63,6 +63,31 @@ def test_the_page_connects_by_itself_and_shows_the_end_of_the_log(
     assert log.name in page.js("document.body.innerText")
     offset = sum(len(line) + 1 for line in written[: -len(shown)])
     assert page.js(f"Number({LINES}[0].dataset.offset)") == offset
+
+
+FIRST_LINE = """
+window.drawnAt = new Promise((done) => new MutationObserver(() => {
+  if (document.querySelector("#auditBox .line")) done(performance.now());
+}).observe(document, {childList: true, subtree: true}));
+"""
+ASKED = """performance.getEntriesByType("resource")
+  .filter(({name}) => /api.(counts|timeline|files)/.test(name)).map(({startTime}) => startTime)"""
+
+
+def test_nothing_else_is_asked_before_the_first_lines_are_drawn(
+    serve: Serve, log: Path, watch: Watch
+) -> None:
+    write(log, numbered(0, 5000))
+    server = serve(log)
+    page = watch(server.url)
+    if not isinstance(page, ChromiumPage):
+        pytest.skip("only Chromium is told what to run before the page")
+    page.cdp("Page.addScriptToEvaluateOnNewDocument", source=FIRST_LINE)
+
+    page.goto(server.url)
+
+    page.wait(f"{ASKED}.length >= 2")
+    assert page.js(f"drawnAt.then(at => {ASKED}.every(time => time > at))")
 
 
 def test_appended_entries_appear_at_the_end(serve: Serve, log: Path, watch: Watch) -> None:
