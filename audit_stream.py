@@ -3510,6 +3510,15 @@ class Credential(NamedTuple):
     token: Token | None = None
 
 
+def check_headers(context: RequestContext) -> None:
+    """Raises HTTPError 400 for what can be read in two ways (RFC 9110, 5.3; RFC 9112, 3.2)."""
+    for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
+        if len(context.request.headers.get_all(name)) > 1:
+            raise HTTPError(400, f"duplicate {name} header")
+    if not context.host:
+        raise HTTPError(400, "the Host header is missing or malformed")
+
+
 class AccessControl:
     """Who may come in: by token, Host and Origin, and how often."""
 
@@ -3722,15 +3731,6 @@ class RateLimiter:
             raise HTTPError(429, "too many requests", Retry_After=str(wait_s))
 
 
-def check_headers(context: RequestContext) -> None:
-    """Raises HTTPError 400 for what can be read in two ways (RFC 9110, 5.3; RFC 9112, 3.2)."""
-    for name in ("Host", "Origin", "Authorization", "Range", "If-Match"):
-        if len(context.request.headers.get_all(name)) > 1:
-            raise HTTPError(400, f"duplicate {name} header")
-    if not context.host:
-        raise HTTPError(400, "the Host header is missing or malformed")
-
-
 def offered_tokens(context: RequestContext) -> list[tuple[str, bytes]]:
     """Return the tokens of a request that may be right or wrong, each with its place."""
     header = context.request.headers.get("Authorization", "").strip()
@@ -3891,7 +3891,7 @@ def record_access(event: str, **fields: object) -> None:
 # Owns the places of searches and scans, the threads that feed greps and read what they find, and
 # the rotated files that were unpacked.
 
-FEED_BYTES = 256 * KIB  # of the log, on their way to grep at a time
+PIPE_BYTES = 256 * KIB  # of the log, on their way to grep
 MAX_LINE = MIB  # longer lines are not searched: grep would hold them in memory
 MAX_MATCH_TEXT, MAX_ANSWER_TEXT = 16 * KIB, MIB
 SEARCH_S = 3.0  # of one call
@@ -3912,6 +3912,12 @@ Fed = list[ByteRange]  # of the file, what a grep got: it counts only these byte
 Reader = Callable[[IO[bytes], Fed], Any]  # of what a grep prints
 Process = subprocess.Popen[bytes]
 Work = Callable[..., T]
+
+
+def check_if_match(request: Request, etag: str) -> None:
+    wanted = request.headers.get("If-Match", "*").split(",")
+    if not {"*", etag} & {tag.strip() for tag in wanted}:
+        raise HTTPError(412, "the log has been replaced since (If-Match)")
 
 
 class History:
@@ -4016,10 +4022,11 @@ class History:
         waiting = collections.deque(pieces)
         running: collections.deque[asyncio.Task[Piece]] = collections.deque()
         done: list[Piece] = []
+        # The first matches are searched for alone: often they are enough, or already too much.
+        at_first = self.cores if enough == math.inf else 1
         try:
             while (waiting or running) and sum(len(piece.found) for piece in done) < enough:
-                # The first piece is searched alone: often that is enough, or already too much.
-                while waiting and len(running) < (self.cores if done else 1):
+                while waiting and len(running) < (self.cores if done else at_first):
                     work = self.grep_piece(search, waiting.popleft(), read)
                     running.append(asyncio.create_task(work))
 
@@ -4068,12 +4075,6 @@ class History:
 def usable_cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def check_if_match(request: Request, etag: str) -> None:
-    wanted = request.headers.get("If-Match", "*").split(",")
-    if not {"*", etag} & {tag.strip() for tag in wanted}:
-        raise HTTPError(412, "the log has been replaced since (If-Match)")
 
 
 # -- ranges --
@@ -4228,20 +4229,6 @@ def behind_last_newline(file: LogFile, start: int, end: int) -> int:
     return start
 
 
-def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answer:
-    """Return what an answer says about how far it came, and what was not searched."""
-    skipped = []
-    at = start
-    fed = [one for piece in reversed(pieces) for one in piece.fed]
-    for low, high in [*fed, (end, end)]:
-        if at < low:
-            skipped.append((at, low))
-        at = max(at, high)
-
-    covered: Answer = {"scanned": (start, end), "size": search.size}
-    return covered | {"skipped": skipped} if skipped else covered
-
-
 def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
     """Start a grep that reads its pattern, unseen by a process list, and lines from pipes."""
     pipes: list[tuple[int, int]] = []
@@ -4253,7 +4240,7 @@ def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
         files = [f"/dev/fd/{child_end}" for child_end in child_ends]
         process = subprocess.Popen(
             ["grep", pattern.options, "-f", *files],
-            bufsize=FEED_BYTES,
+            bufsize=PIPE_BYTES,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -4275,9 +4262,9 @@ def start_grep(pattern: Pattern, inputs: int) -> tuple[Process, list[int]]:
 
 
 def widen_pipe(end: int) -> None:
-    """Let a pipe hold what is fed at a time: fewer turns for both sides."""
+    """Let a pipe hold more: fewer turns for both sides."""
     with contextlib.suppress(AttributeError, OSError):  # macOS; or enough for one user, pipe(7)
-        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, FEED_BYTES)
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def limit_child(pid: int) -> None:
@@ -4341,12 +4328,8 @@ def whole_lines(search: Search, start: int, end: int) -> Iterator[ByteRange]:
     at = next_line(file, start - 1, end) if start else 0
     while at < end:
         limit = min(end, file.next_hole(at))
-        for most in (FEED_BYTES, MAX_LINE + 1):
-            high = min(limit, at + most)
-            stop = high if high == search.size else behind_last_newline(file, at, high)
-            if stop > at or high == limit:
-                break
-
+        high = min(limit, at + MAX_LINE + 1)
+        stop = high if high == search.size else behind_last_newline(file, at, high)
         if stop > at:
             yield at, stop
         at = stop if stop > at else next_line(file, at, end)
@@ -4438,6 +4421,20 @@ def match_texts(file: LogFile, found: list[ByteRange]) -> list[Answer]:
         matches.append({"start": start, "end": end, "text": decoded})
         left -= len(text)
     return matches[::-1]
+
+
+def coverage(search: Search, pieces: list[Piece], start: int, end: int) -> Answer:
+    """Return what an answer says about how far it came, and what was not searched."""
+    skipped = []
+    at = start
+    fed = [one for piece in reversed(pieces) for one in piece.fed]
+    for low, high in [*fed, (end, end)]:
+        if at < low:
+            skipped.append((at, low))
+        at = max(at, high)
+
+    covered: Answer = {"scanned": (start, end), "size": search.size}
+    return covered | {"skipped": skipped} if skipped else covered
 
 
 # -- encodings: what is not UTF-8 is searched as far as it is ASCII, UTF-16 not at all --
