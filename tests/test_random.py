@@ -149,8 +149,8 @@ class Reading:
     def joins(self, life, start):
         if life in self.parts:
             return self.position(life) == start
-        if life.number < self.current.number:  # written late to a file rotated before we came
-            return life.number < self.first.number
+        if life.number < self.current.number:  # written late to a file rotated before we came,
+            return life.number < self.first.number or self.may_miss(life, True)  # or left out
         if self.entered is not None:
             known = max(life.shared(), life.trimmed)
             return self.entered == start and (self.leapt or start <= known)
