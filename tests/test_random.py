@@ -398,8 +398,11 @@ class Scene:
         )
 
     def is_open(self):
-        files = Path(f"/proc/{self.server.process.pid}/fd").iterdir()
-        return any(os.path.exists(file) and os.path.samefile(file, self.log) for file in files)
+        for file in Path(f"/proc/{self.server.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                if os.path.samefile(file, self.log):
+                    return True
+        return False
 
     def compress(self):
         for number in range(1 if self.late is None else 2, 60):
