@@ -350,7 +350,7 @@ add(
     needs=("rotatelogs",),
     keeps=False,
     cuts=True,
-    listed=False,
+    **AWAY,
 )
 add(
     "rotatelogs-ring",

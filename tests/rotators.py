@@ -284,11 +284,12 @@ def judge(setup: SetUp, way: str, got: Came, count: int, disk: set[int]) -> dict
     """How many lines are missing, told or not, on disk or gone; how many came twice.
 
     Before the first look that found a line nothing is known of a log. Without file events and with
-    copies that lie elsewhere nobody can find out that it was cut by then.
+    rotated files that lie elsewhere nobody can find out that there was one by then.
     """
     kinds = "lost|lost on disk|told|told on disk|at the cut|before the first look|repeated|false"
     found = dict.fromkeys(kinds.split("|"), 0)
-    unknowable = way == "blind" and setup.cuts and not setup.listed
+    elsewhere = not setup.listed and (setup.cuts or not setup.renames)
+    unknowable = way == "blind" and elsewhere
     found["repeated"] = got.repeated
     missing = list(runs([number for number in range(count) if number not in got.places]))
     gaps = [around(got.places, *run) for run in missing]
