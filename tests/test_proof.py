@@ -591,6 +591,30 @@ def test_changed_bytes_are_told_with_their_place(serve: Serve, view: View, log: 
     assert late.of("proof")[0]["state"] == "altered"
 
 
+def test_a_viewer_that_lags_hears_of_the_change_once_it_has_caught_up(
+    serve: Serve, view: View, log: Path
+) -> None:
+    size = big(log, 2 * MIB)
+    server = serve(log)
+    quick, slow = view(server, json=True), view(server, json=True, receive_buffer=4096)
+    proved(server, size)
+    slow.wait(lambda viewer: viewer.of("proof") and viewer.of("proof")[-1]["state"] == "ok")
+    slow.hold()
+    count = 60_000 // len(lines(1).encode())
+    for number in range(3):  # more than the kernel takes, and at the last one the viewer lags
+        size += len(append(log, lines(count, count * number)))
+        quick.wait(lambda viewer, end=size: viewer.frames[-1].get("end") == end)
+
+    overwrite(log, MIB, b"#")
+
+    def altered(viewer: Viewer) -> bool:
+        return bool(viewer.of("proof")) and viewer.of("proof")[-1]["state"] == "altered"
+
+    quick.wait(altered, 20)
+    slow.release()
+    slow.wait(altered)
+
+
 def test_a_change_in_two_places_is_one_alarm(serve: Serve, log: Path) -> None:
     size = big(log, 6 * MIB)
     server = serve(log)
