@@ -256,6 +256,8 @@ class Chromium(Browser):
         " --remote-debugging-port=0 --disable-background-networking --disable-component-update"
         " --disable-backgrounding-occluded-windows --disable-renderer-backgrounding"
         " --disable-background-timer-throttling --window-size=1000,700"
+        # The address bar's suggestions are pages: two for each window, half a second of a core.
+        " --disable-features=WebUIOmniboxPopup,WebUIOmniboxAimPopup"
     )
 
     def start(self) -> None:
