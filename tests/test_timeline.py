@@ -184,3 +184,29 @@ def test_in_a_log_of_some_seconds_bars_stand_only_where_lines_are(
     ticks = page.js(TICKS)
     assert ticks[:2] == ["00:17:45", "00:17:57"] and len(set(ticks)) == len(ticks) == 6
     assert page.js(PATH.format("breaks")) == ""
+
+
+MARKS = "({}.match(/M/g) || []).length"
+
+
+def test_what_comes_while_one_looks_is_marked_too(serve: Serve, log: Path, watch: Watch) -> None:
+    begun = datetime(2025, 12, 17, tzinfo=UTC)
+
+    def entry(number: int) -> str:
+        level = "ERROR" if number % 10 == 0 else "INFO"
+        return f"[{begun + timedelta(seconds=number):%Y-%m-%dT%H:%M:%SZ}] {level} entry {number}"
+
+    write(log, list(map(entry, range(100))))
+    page = watch(serve(log).url)
+    search(page, "entry")
+    errors, matches = (MARKS.format(PATH.format(f"rail{name}")) for name in ("Errors", "Matches"))
+    page.wait(f"{errors} === 10 && {matches} === 100")
+
+    write(log, list(map(entry, range(100, 150))))
+
+    page.wait(f"{errors} === 15 && {matches} === 150 && {COUNT} === '150 matches'")
+    newest = f"Math.max(...{PATH.format('railErrors')}.match(/ [\\d.]+/g).map(Number))"
+    assert page.js(newest) > 900  # of 1,000, entry 140 of 150
+    page.wait(
+        f"Math.max(...{PATH.format('errorBars')}.match(/M[\\d.]+/g).map(x => +x.slice(1))) > 900"
+    )
