@@ -2644,7 +2644,7 @@ MAX_CACHED = 16  # messages, read and written out once for all who catch up at t
 
 
 class LiveViewer(NamedTuple):
-    """What sending to a live viewer needs, looked up once: it saves a tenth of a broadcast."""
+    """What sending to a live viewer needs, looked up once and not for each message."""
 
     left: asyncio.Future[None]  # done as soon as the viewer has to read the file itself
     buffered: Callable[[], int]  # bytes that the kernel has not taken yet
