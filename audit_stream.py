@@ -1438,8 +1438,8 @@ class LogFollower:
 
         chain, gap = await self._files_between(new)
         chain = [successor for successor in chain if not successor.file.same_file(new)]
-        if self._arrivals.apply(self._watcher.take_events()):
-            return True  # renamed while they were opened: look again
+        if self._renamed_meanwhile():
+            return True
         if chain and replaced and chain[0].file.starts_with(old.fingerprint):
             self._reread(chain.pop(0).file)  # the same log, renamed after it was replaced
         self._pass_published(new)
@@ -1516,6 +1516,13 @@ class LogFollower:
                 return name
         return None
 
+    def _renamed_meanwhile(self) -> bool:
+        """Return True if files were renamed while they were opened, so that one looks again.
+
+        No longer than the grace period: a neighbour in the folder may never stop renaming.
+        """
+        return self._arrivals.apply(self._watcher.take_events()) and self._in_grace_period()
+
     def _is_unseen(self, name: RotatedName) -> bool:
         return not self._published.includes(name)
 
@@ -1589,7 +1596,7 @@ class LogFollower:
         names, gap = successors_of(None, unseen, rotated)
         copies = dict.fromkeys(paths, self.current.holds)
         chain, gap = await self._open_successors(names, gap, copies)
-        if self._arrivals.apply(self._watcher.take_events()):
+        if self._renamed_meanwhile():
             return True
         if not chain:
             return False
@@ -1631,7 +1638,7 @@ class LogFollower:
             return False
 
         copies, used, gap = await self._copies()
-        if self._arrivals.apply(self._watcher.take_events()):
+        if self._renamed_meanwhile():
             return True
         if copies:
             own = Successor(old.duplicate(), "truncated", gap)
@@ -1999,6 +2006,7 @@ DELETE_SELF, MOVE_SELF, Q_OVERFLOW, IGNORED = 0x400, 0x800, 0x4000, 0x8000
 FILE_EVENTS = MODIFY | ATTRIB | DELETE_SELF | MOVE_SELF
 FOLDER_EVENTS = MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
 MAX_EVENTS = 10_000  # kept until they are looked at; then their order is unknown
+MAX_NAMES = 256  # followed, of files that appeared beside the log
 
 
 class NameEvent(NamedTuple):
@@ -2060,7 +2068,8 @@ class DirectoryWatcher:
 
     def take_events(self) -> list[NameEvent]:
         """Return what happened to names since the last call, in order."""
-        self._read_queue()
+        while self._read_queue():
+            pass
         events, self._events = self._events, []
         return events
 
@@ -2089,11 +2098,12 @@ class DirectoryWatcher:
         if self._woken and not self._woken.done():
             self._woken.set_result(None)
 
-    def _read_queue(self) -> None:
+    def _read_queue(self) -> bool:
+        """Read events. Return True if there may be more."""
         try:
             data = os.read(self._fd, 64 * KIB) if self._fd >= 0 else b""
         except OSError:  # nothing there
-            return
+            return False
 
         offset, matters = 0, False
         while offset < len(data):
@@ -2104,6 +2114,7 @@ class DirectoryWatcher:
         if matters:
             self._happened = True
             self._wake()
+        return bool(data)
 
     def _take_event(self, watch: int, mask: int, cookie: int, name: str) -> bool:
         """Note one event. Return True if the log may have changed by it."""
@@ -2118,7 +2129,7 @@ class DirectoryWatcher:
             return True
         path = os.path.join(folder, name)
         self._events.append(NameEvent(mask, cookie, path))
-        return path in self._log_paths
+        return path in self._log_paths or len(self._events) > MAX_EVENTS // 10
 
 
 class TrackedName:
@@ -2152,8 +2163,13 @@ class Arrivals:
     # Following the names
 
     def apply(self, events: list[NameEvent]) -> bool:
-        """Follow the names through these events. Return True if a file of interest has another."""
-        before = [(name, name.path) for name in self._visitors + self.created]
+        """Follow the names through these events. Return True if one may have to look again.
+
+        That is: what was at the log's path, what may be a copy by its name, or a file that is
+        followed has another name. A neighbour's file that comes or goes is no reason.
+        """
+        visits = len(self._visitors)
+        before = {name: name.path for name in self._visitors + self.created}
         for event in events:
             if event.mask & Q_OVERFLOW:
                 self.reliable = False
@@ -2163,8 +2179,13 @@ class Arrivals:
                 self._remove(event.path)
             elif event.mask & (MOVED_TO | CREATE):
                 self._come(event)
-        del self.created[:-256]
-        return before != [(name, name.path) for name in self._visitors + self.created]
+        for cookie in list(self._moving)[:-MAX_NAMES]:
+            del self._moving[cookie]
+
+        named = [name for name in self._visitors + self.created if name.path]
+        changed = [name for name in named if name.path != before.get(name)]
+        followed = any(name in before or self._is_rotated(name.path) for name in changed)
+        return followed or visits != len(self._visitors)
 
     def _leave(self, path: str) -> list[TrackedName]:
         """Take this name away. Return who had it."""
@@ -2180,7 +2201,9 @@ class Arrivals:
         """Follow a file that has another name still: it was compressed, or linked and removed."""
         at_path = self._at_path
         named = self._leave(path)
-        packed = [name for name in self.created if is_compressed_name(name.path, path)]
+        packed_paths = {f"{path}.{extension}" for extension in COMPRESSED}
+        packed = [name for name in self.created if name.path in packed_paths]
+
         if path in self._paths_of_log:
             for name in named:
                 name.removed = name is at_path
@@ -2190,6 +2213,7 @@ class Arrivals:
             self._rename(named[0], packed[-1])
         elif named[0] not in self.created:
             self._rename_to_newest(named[0], path)
+        self.created = [name for name in self.created if name.path or name not in named]
 
     def _rename_to_newest(self, tracked: TrackedName, path: str) -> None:
         """Follow a file to the name that appeared last, just before it was removed."""
@@ -2214,7 +2238,17 @@ class Arrivals:
             self._at_path = arrived
             self._visitors.append(arrived)
         elif not known:
-            self.created.append(arrived)
+            self._add_created(arrived)
+        if len(self._visitors) > MAX_NAMES:
+            self.reliable = False
+            del self._visitors[0]
+
+    def _add_created(self, arrived: TrackedName) -> None:
+        """Note a file that appeared; of too many, one that is no copy by its name is forgotten."""
+        self.created.append(arrived)
+        if len(self.created) > MAX_NAMES:
+            others = (name for name in self.created if not self._is_rotated(name.path))
+            self.created.remove(next(others, self.created[0]))
 
     # Answers
 
@@ -2266,9 +2300,11 @@ class Arrivals:
 
     def _copies_of(self, visitor: TrackedName) -> list[str]:
         """Return what appeared under rotated names while it was the log, the oldest first."""
+        return [path for path in self._appeared_during(visitor) if self._is_rotated(path)]
+
+    def _is_rotated(self, path: str) -> bool:
         log_name = os.path.basename(self._paths_of_log[0])
-        appeared = self._appeared_during(visitor)
-        return [path for path in appeared if is_rotated_name(log_name, path)]
+        return parse_rotated_name(log_name, os.path.basename(path)) is not None
 
     def _links_led_to(self, target: str) -> list[str]:
         """Return the files that a link led to in between, named like the one it leads to now."""
@@ -2294,10 +2330,6 @@ class Arrivals:
         return [path for path in paths if path not in visited and is_complete(path)]
 
 
-def is_rotated_name(log_name: str, path: str) -> bool:
-    return parse_rotated_name(log_name, os.path.basename(path)) is not None
-
-
 def is_other_kind(path: str) -> bool:
     """Return True for a name that leads to no lines: a link, a folder, a FIFO …"""
     with contextlib.suppress(OSError):
@@ -2309,11 +2341,6 @@ def is_complete(path: str) -> bool:
     """Return False for a compressed file beside the plain one: it is still being written."""
     plain_path = os.path.splitext(path)[0]
     return not compression_of(path) or not os.path.lexists(plain_path)
-
-
-def is_compressed_name(path: str, plain_path: str) -> bool:
-    base, extension = os.path.splitext(path)
-    return base == plain_path and extension[1:] in COMPRESSED
 
 
 def shape_of(path: str) -> str:

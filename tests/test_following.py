@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -732,5 +733,33 @@ def test_more_events_than_the_kernel_keeps_lose_nothing(serve, view, log):
             name.unlink()
         added = renamed_and_created(log)
     viewer.wait(added)
+
+    assert viewer.joined() == FIRST + added
+
+
+NEIGHBOUR = """
+import itertools, os, pathlib, sys
+for number in itertools.count():
+    path = pathlib.Path(sys.argv[1], f"state.{number}.tmp")
+    path.touch()
+    path.unlink() if sys.argv[2] == "goes" else path.replace(path.with_name("state"))
+    if number == 20_000:
+        print("busy", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["goes", "is renamed"])
+@pytest.mark.parametrize("happens", [rotated_three_times, copied_and_truncated])
+def test_a_busy_neighbour_in_the_folder_delays_no_rotation(what, happens, serve, view, log):
+    _, viewer = start(serve, view, log)
+    command = [sys.executable, "-c", NEIGHBOUR, log.parent, what]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as neighbour:
+        try:
+            neighbour.stdout.readline()
+            added = happens(log)
+            viewer.wait(added)
+        finally:
+            neighbour.kill()
 
     assert viewer.joined() == FIRST + added
