@@ -110,7 +110,7 @@ try:
     from websockets.exceptions import ConnectionClosed
     from websockets.frames import Frame, Opcode
     from websockets.http11 import Request, Response
-    from websockets.protocol import OPEN, Protocol
+    from websockets.protocol import OPEN
     from websockets.typing import Subprotocol
 
     if int(websockets.version.version.partition(".")[0]) < 17:
@@ -2670,16 +2670,6 @@ HEARTBEAT_S = 10.0  # without a message until `checked` is sent
 MAX_CACHED = 16  # messages, read and written out once for all who catch up at the same time
 
 
-class LiveViewer(NamedTuple):
-    """What sending to a live viewer needs, looked up once and not for each message."""
-
-    left: asyncio.Future[None]  # done as soon as the viewer has to read the file itself
-    buffered: Callable[[], int]  # bytes that the kernel has not taken yet
-    write: Callable[[bytes], None]
-    protocol: Protocol
-    speaks_json: bool
-
-
 class Broadcaster:
     """The live viewers: all of them at one position, the end of the stream.
 
@@ -2691,7 +2681,6 @@ class Broadcaster:
         self.resumer = Resumer(follower)
         self.position = Position(follower.tail, follower.tail.end)
         self.state = follower.state  # what all live viewers know
-        self.live: dict[Connection, LiveViewer] = {}
         self.checked = asyncio.Event()  # set, and replaced, after each check of the follower
         self._cache: dict[Position, Message] = {}
         self._last_send_s = time.monotonic()
@@ -2711,7 +2700,7 @@ class Broadcaster:
         end = Position(self.follower.tail, self.follower.tail.end)
         messages = self._pending_messages(end) if end != self.position else []
         if messages is None:
-            for viewer in list(self.live):
+            for viewer in self.connections.live:
                 self._detach(viewer)
         for message in messages or ():
             self._send(message.plain, message.json)
@@ -2722,12 +2711,12 @@ class Broadcaster:
             size = max(self.follower.size, end.offset)
             checked = checked_message(size, end.offset, self.follower.unfinished_bytes)
             self._send(b"", checked)
-        if len(self.live) == len(self.connections.viewers):
+        if self.connections.live_count == len(self.connections.viewers):
             self._cache.clear()  # messages keep their files open
 
     def _pending_messages(self, end: Position) -> list[Message] | None:
         """Return what all live viewers get now; None if each has to read it."""
-        if not self.live:
+        if not self.connections.live_count:
             return []
         position, size, messages = self.position, 0, list[Message]()
         try:
@@ -2753,41 +2742,36 @@ class Broadcaster:
             return
         self.state = state
         self._send(b"", state_message(state))
-        for viewer in self.live:  # who lagged has left, and is told later
+        for viewer in self.connections.live:  # who lagged has left, and is told later
             viewer.state_sent = state
 
     def broadcast_json(self, message: dict[str, Any]) -> None:
         """Tell all viewers, and those who come later, about the log's integrity."""
         self._proof = wire_text(message)
         self._send(b"", self._proof)
-        for viewer in self.live:
+        for viewer in self.connections.live:
             viewer.proof_sent = self._proof
 
     def _send(self, plain: bytes, as_json: bytes) -> None:
-        """Write one message to all live viewers; those who lag leave the broadcast."""
-        frames = text_frame(plain) if plain else b"", text_frame(as_json)
-        lagging = []
-        receivers = 0
+        """Write one message to all live viewers; those who lag leave the broadcast before."""
+        for viewer in self.connections.lagging:
+            if viewer in self.connections.broadcast[viewer.speaks_json]:
+                self._detach(viewer)
 
-        most_unsent = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
-        for viewer, (_, buffered, write, protocol, speaks_json) in self.live.items():
-            if buffered() > most_unsent:
-                lagging.append(viewer)
-            elif protocol.state is OPEN:  # else it is closing
-                write(frames[speaks_json])
-                receivers += 1
-
-        for viewer in lagging:
-            self._detach(viewer)
-        counters["sent_bytes_total"] += len(plain) * receivers
+        frames = {False: text_frame(plain) if plain else b"", True: text_frame(as_json)}
+        for speaks_json, transports in self.connections.broadcast.items():
+            frame = frames[speaks_json]
+            for transport in transports.values():
+                transport.write(frame)
+        counters["sent_bytes_total"] += len(plain) * self.connections.live_count
         self._last_send_s = time.monotonic()
 
     def _detach(self, viewer: Connection) -> None:
         """Let a viewer read on in the file, from the end of what was sent to it."""
-        left = self.live.pop(viewer).left
-        if not left.done():
+        self.connections.end_broadcast(viewer)
+        if not viewer.detached.done():
             viewer.position = self.position
-            left.set_result(None)
+            viewer.detached.set_result(None)
 
     # For one viewer
 
@@ -2855,12 +2839,14 @@ class Broadcaster:
         if not at_end or viewer.state_sent != self.state:
             await self.checked.wait()  # the follower has yet to say what happened
             return
-        self.live[viewer] = viewer.as_live()
+
+        viewer.detached = viewer.loop.create_future()
+        self.connections.begin_broadcast(viewer)
         viewer.position = None  # a position of its own would keep rotated files open
         try:
-            await self.live[viewer].left
+            await viewer.detached
         finally:
-            self.live.pop(viewer, None)
+            self.connections.end_broadcast(viewer)
 
     async def tell_trouble(self, viewer: Connection) -> None:
         """Tell a viewer the state, if it is news, and wait for the next check."""
@@ -2942,6 +2928,9 @@ SMALL_BYTES = 16 * KIB  # an answer of this size is never refused
 KERNEL_BYTES = 64 * KIB  # in the kernel for one client
 
 
+Transports = dict["Connection", asyncio.Transport]
+
+
 class Connections:
     """All connections, from the first byte on, and what they hold together."""
 
@@ -2955,6 +2944,10 @@ class Connections:
         self.answered: dict[Connection, None] = {}  # the oldest first
         self.answer_bytes = 0
         self.waiting: dict[Connection, None] = {}  # nothing is read from them; the oldest first
+        # The live viewers, by whether they speak JSON. A message needs their transports, no more:
+        # with many of them whatever else one looks at comes from memory, not from a cache.
+        self.broadcast: dict[bool, Transports] = {False: {}, True: {}}
+        self.lagging: set[Connection] = set()  # they take less than is sent
         self.received_bytes = 0  # in this turn
         self.turn_timer: asyncio.TimerHandle | None = None
 
@@ -2981,6 +2974,8 @@ class Connections:
         self.awaiting_request.pop(connection, None)
         self.answered.pop(connection, None)
         self.waiting.pop(connection, None)
+        self.lagging.discard(connection)
+        self.end_broadcast(connection)
         self.answer_bytes -= connection.answer_bytes
         connection.answer_bytes = 0
 
@@ -3006,6 +3001,22 @@ class Connections:
 
     def begin_request(self, connection: Connection) -> None:
         self.awaiting_request.pop(connection, None)
+
+    @property
+    def live(self) -> list[Connection]:
+        return [*self.broadcast[False], *self.broadcast[True]]
+
+    @property
+    def live_count(self) -> int:
+        return sum(map(len, self.broadcast.values()))
+
+    def begin_broadcast(self, viewer: Connection) -> None:
+        if viewer.protocol.state is OPEN:  # else it is closing
+            viewer.limit_unsent()
+            self.broadcast[viewer.speaks_json][viewer] = viewer.transport
+
+    def end_broadcast(self, viewer: Connection) -> None:
+        self.broadcast[viewer.speaks_json].pop(viewer, None)
 
     def reserve(self, connection: Connection, size_bytes: int) -> bool:
         """Set memory aside for an answer. Return False if too much of it is under way."""
@@ -3039,6 +3050,8 @@ class Connections:
             await asyncio.sleep(5)
             for connection in [each for each in self.open if each.is_stalled()]:
                 connection.abort()
+            for viewer in self.viewers:
+                viewer.limit_unsent()
 
 
 class Connection(ServerConnection):
@@ -3059,7 +3072,8 @@ class Connection(ServerConnection):
         self.query: dict[str, str] = {}
         self.arrived = False
         self.speaks_json = False  # from the end of the handshake on
-        self.position: Position | None = None  # this and the next one belong to the Broadcaster
+        self.position: Position | None = None  # this and the next ones belong to the Broadcaster
+        self.detached: asyncio.Future[None]  # done as soon as a live viewer has to read the file
         self.state_sent = LogState("ok", "")
         self.proof_sent = b""
 
@@ -3133,11 +3147,23 @@ class Connection(ServerConnection):
     def abort(self) -> None:
         self.tcp.abort()
 
-    def as_live(self) -> LiveViewer:
-        left: asyncio.Future[None] = self.loop.create_future()
-        transport = self.transport
-        buffered, write = transport.get_write_buffer_size, transport.write
-        return LiveViewer(left, buffered, write, self.protocol, self.speaks_json)
+    def limit_unsent(self) -> None:
+        """Set from which number of unsent bytes on the viewer leaves the broadcast."""
+        limit_bytes = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
+        self.transport.set_write_buffer_limits(limit_bytes)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.connections.lagging.add(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.connections.lagging.discard(self)
+
+    def send_data(self) -> None:
+        super().send_data()
+        if self.protocol.state is not OPEN:  # nothing may follow a Close frame
+            self.connections.end_broadcast(self)
 
     def record_arrival(self, resumed: bool) -> None:
         """Put a viewer into the access record; it stands there again when it leaves."""
@@ -6856,7 +6882,7 @@ def metrics(site: Site) -> str:
     catching_up = sum(viewer.position is not None for viewer in connections.viewers)
     versions = f'version="{VERSION}",websockets="{websockets.version.version}"'
     now = {
-        'viewers{state="live"}': len(broadcaster.live),
+        'viewers{state="live"}': connections.live_count,
         'viewers{state="catching_up"}': catching_up,
         "answer_bytes": connections.answer_bytes,
         "behind_bytes": max(0, broadcaster.follower.size - current.end),

@@ -53,7 +53,7 @@ def killed(server, serve, log):
 
 def a_copy_elsewhere(server, serve, log):
     elsewhere = shutil.copytree(
-        log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copyfile
+        log.parent, log.parent.with_name("elsewhere"), copy_function=shutil.copy2
     )
     return serve(elsewhere / log.name)
 
