@@ -1,6 +1,7 @@
 """The WebSocket: the first frame, everything after it, in bursts, for the slow and the many."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -375,6 +376,25 @@ def test_what_a_viewer_sends_is_ignored(serve, view, log):
     viewer.wait("marker\n")
 
     assert viewer.text == lines(1) + "marker\n"
+
+
+def test_nothing_follows_a_close_frame(serve, view, log):
+    append(log, lines(1))
+    server = serve(log)
+    viewer = view(server).wait(lines(1))
+    leaving = [server.upgrade() for _ in range(20)]
+
+    for number, client in enumerate(leaving):
+        append(log, lines(1, 2 * number))
+        viewer.wait(lines(1, 2 * number))
+        client.sendall(b"\x88\x80\0\0\0\0")  # RFC 6455, 5.5.1; the connection stays open
+        append(log, lines(1, 2 * number + 1))
+        viewer.wait(lines(1, 2 * number + 1))
+
+    for client in leaving:
+        received = b"".join(iter(functools.partial(client.recv, 65536), b""))
+        client.close()
+        assert received.endswith(b"\x88\x00")
 
 
 def test_a_long_message_ends_the_connection(serve, view, log):
