@@ -23,7 +23,7 @@ Invariants
      It has none either before its first message, and after it left.
   5  A cursor covers only bytes that were sent. It proves itself by the 4 KiB before it.
   6  One event loop. What runs in a thread gets arguments and returns values. It changes nothing
-     else, apart from a Checker and what a FileSet knows, which one thread has at a time.
+     else, apart from counters, a Checker, and what a FileSet knows: one has these at a time.
 
 Glossary
   generation  one life of the log; a rename, truncation or rewrite begins the next one
@@ -438,8 +438,8 @@ class LogFile:
         """Return how a file that is no longer unchanged was changed, and where the stream goes on.
 
         "cut": at the end of the file; "edited": at the start of the line in which the first byte
-        lies that is no longer what was published; "trimmed": after the last published lines, with
-        which the file begins now; "replaced": at 0.
+        lies that is no longer what was published, of the 4 KiB that are known; "trimmed": after the
+        last published lines, with which the file begins now; "replaced": at 0.
         """
         end, head, tail = self.fingerprint
         size, start = self.size, 0
@@ -596,12 +596,6 @@ class GenerationNames:
         self._remember(file)
         return file.name
 
-    def known_name(self, start: bytes) -> str:
-        """Return the name of the one generation that begins like this; "" for none or several."""
-        known = list(self._known.items())
-        names = [name for name, fingerprint in known if fingerprint.begins_like(start)]
-        return names[0] if len(names) == 1 else ""
-
     def same_inode(self, file: LogFile) -> list[LogFile]:
         """Return all named generations that are read from the same file."""
         return [other for other in self._open.values() if other.same_file(file)]
@@ -754,6 +748,11 @@ def date_rank(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def file_name(path: str) -> str:
+    """Return the name without the folder, as text."""
+    return os.fsencode(os.path.basename(path)).decode(errors="replace")
+
+
 def real_path(path: str) -> str:
     """Return the path without symbolic links; as it is if one of them is just being replaced."""
     try:
@@ -784,22 +783,32 @@ def decompress(
     the caller has gone.
     """
     source = source or open_log_file(path)
-    with tempfile.TemporaryFile(dir=spacious_folder()) as copy, source.open() as file:
+    with tempfile.TemporaryFile(dir=spacious_folder()) as copy:
         disk = os.fstatvfs(copy.fileno())
         most_bytes = min(most_bytes, disk.f_bavail * disk.f_frsize // 2)
 
-        try:
-            with COMPRESSED[compression_of(path)](file) as stream:
-                while data := stream.read(MIB):
-                    if copy.tell() + len(data) > most_bytes or cancelled.is_set():
-                        raise OSError(errno.EFBIG, "is too large to decompress", path)
-                    copy.write(data)
-        except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-            raise OSError(errno.EINVAL, "is damaged", path) from error
+        for data in decompressed_pieces(source, compression_of(path), cancelled, MIB):
+            if copy.tell() + len(data) > most_bytes:
+                raise OSError(errno.EFBIG, "is too large to decompress", path)
+            copy.write(data)
+        if cancelled.is_set():
+            raise OSError(errno.ECANCELED, "was not decompressed to its end", path)
         copy.flush()
         modified_ns = source.status().st_mtime_ns
         os.utime(copy.fileno(), ns=(modified_ns, modified_ns))
         return LogFile(os.dup(copy.fileno()))
+
+
+def decompressed_pieces(
+    file: LogFile, compressed: str, cancelled: threading.Event, size: int
+) -> Iterator[bytes]:
+    """Yield the content of a compressed file. Raises OSError if it is damaged."""
+    try:
+        with file.open() as source, COMPRESSED[compressed](source) as stream:
+            while not cancelled.is_set() and (piece := stream.read(size)):
+                yield piece
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise OSError(errno.EINVAL, "is damaged") from error
 
 
 def left_after(left_bytes: int, path: str, opened: LogFile | OSError) -> int:
@@ -815,13 +824,10 @@ def left_after(left_bytes: int, path: str, opened: LogFile | OSError) -> int:
 def first_bytes(path: str, count: int) -> bytes:
     """Return the beginning of a rotated file, compressed or not. Raises OSError."""
     file = open_log_file(path)
-    if not compression_of(path):
+    compressed = compression_of(path)
+    if not compressed:
         return file.read_bytes(0, count)
-    try:
-        with file.open() as raw, COMPRESSED[compression_of(path)](raw) as stream:
-            return bytes(stream.read(count))
-    except (EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise OSError(errno.EINVAL, "is damaged", path) from error
+    return next(decompressed_pieces(file, compressed, threading.Event(), count), b"")
 
 
 def spacious_folder() -> str | None:
@@ -1075,10 +1081,15 @@ def match_parts(parts: list[str], files: list[LogFile]) -> dict[str, LogFile]:
     for part in reversed(parts):
         free = [file for file in files if file not in owners.values()]
         proving = [file for file in free if file.validates(part)]
-        right = [file for file in proving if file.cursor_part(offset_of(part)) == part]
+        right = [file for file in proving if is_right(file, part)]
         if proving:
             owners[part] = (right or proving)[0]
     return owners
+
+
+def is_right(file: LogFile, part: str) -> bool:
+    """Return True if the part was made from this very file, and not from a copy of it."""
+    return file.cursor_part(offset_of(part)) == part
 
 
 # ---- 3 The follower ------------------------------------------------------------------------------
@@ -1181,7 +1192,7 @@ class LogFollower:
 
     @property
     def name(self) -> str:
-        return os.fsencode(os.path.basename(self.path)).decode(errors="replace")
+        return file_name(self.path)
 
     def _open(self) -> None:
         """Begin at the end of the log, and with what is still written to rotated files."""
@@ -1202,7 +1213,7 @@ class LogFollower:
 
     def _drain_changed(self, rotated: list[RotatedName]) -> None:
         """Read on in the rotated files that changed lately, the oldest first."""
-        for name in reversed(rotated):
+        for name in reversed(rotated[:MAX_DRAINING]):
             changed_s = max(name.modified_s, name.changed_s)
             if name.compressed or time.time() - changed_s >= DRAIN_S:
                 continue
@@ -1335,7 +1346,8 @@ class LogFollower:
         """Publish what is still written to rotated files: a segment of an older generation each."""
         more = False
         for file, until_s in list(self.draining.items()):
-            start, over = file.end, time.monotonic() > until_s
+            crowded = len(self.draining) > MAX_DRAINING  # then the oldest has to go
+            start, over = file.end, crowded or time.monotonic() > until_s
             self._publish_new(file, final=over)
             grew = file.end > start
 
@@ -1343,7 +1355,7 @@ class LogFollower:
                 more = True
                 self.draining[file] = max(until_s, time.monotonic() + DRAIN_S)
                 self.tail = self.tail.link_to(self._segment(file), start)
-            elif over:
+            if crowded or (over and not grew):
                 self._stop_draining(file)
             if grew or over:
                 self.tail = self.tail.link_to(self._segment(self.current), self.current.end)
@@ -1353,8 +1365,6 @@ class LogFollower:
         file.last_growth_s = 0.0  # from now on it is the growth of a rotated file
         self.draining[file] = time.monotonic() + DRAIN_S
         self._watcher.watch_file(file)
-        if len(self.draining) > MAX_DRAINING:
-            self.draining[next(iter(self.draining))] = 0.0
 
     def _stop_draining(self, file: LogFile) -> None:
         del self.draining[file]
@@ -1752,6 +1762,7 @@ class LogFollower:
     # The log's state
 
     def _in_grace_period(self) -> bool:
+        """Return True for a while after the first call since all was well: it begins the period."""
         self._anomaly_since_s = self._anomaly_since_s or time.monotonic()
         return time.monotonic() - self._anomaly_since_s < GRACE_S
 
@@ -2602,7 +2613,7 @@ class Resumer:
         newer = list(chain.newer)
         if parts:
             newest = chain.owners[parts[-1]]
-        else:
+        else:  # nothing was sent yet: from the first file on
             newest = newer.pop(0).file if newer else follower.current
         event = "" if newest is follower.current else "rotated"
         owned_parts = [part for part in parts[:-1] if part in chain.owners]
@@ -2615,22 +2626,18 @@ class Resumer:
         for successor in newer:
             last = last.link_to(Segment(successor.file), 0, successor.reason, successor.gap)
 
+        # The log comes last: from its first byte, unless the cursor covers some of it.
+        covered = follower.current in (newest, *chain.owners.values())
+        start = follower.current.end if covered else 0
+        gap = chain.last_gap or ("" if covered else follower.current.lost)
         last.end_limit = last.end
-        owned = follower.current in (newest, *chain.owners.values())
-        start = follower.current.end if owned else 0
-        gap = chain.last_gap
-        if not owned:
-            gap = gap or follower.current.lost
         last.next = Link(follower.tail, start, event, gap)
+
+        # There no byte of it can prove a cursor: its name is the end before it, found just now.
         nothing_known = not follower.current.end or follower.tail.start_cursor == EMPTY_CURSOR
         if event and not start and nothing_known:
             follower.tail.start_cursor = last.cursor(last.end)
         return Position(first, offset_of(parts[-1]) if parts else 0)
-
-
-def is_right(file: LogFile, part: str) -> bool:
-    """Return True if the part was made from this very file, and not from a copy of it."""
-    return file.cursor_part(offset_of(part)) == part
 
 
 def follow_up(file: LogFile | None, live: list[LogFile]) -> list[Successor] | None:
@@ -2665,7 +2672,7 @@ def successor_of(file: LogFile) -> Successor:
 # the server hold: a number and a budget of bytes for every phase. Owns all connections.
 
 MAX_BROADCAST = 64 * KIB  # larger batches are not broadcast: each viewer reads them from the file
-MAX_LAG_BYTES = 64 * KIB  # a viewer with more unsent bytes than this leaves the broadcast
+MAX_LAG_BYTES = 64 * KIB  # with more unsent bytes, or its share, a viewer leaves the broadcast
 HEARTBEAT_S = 10.0  # without a message until `checked` is sent
 MAX_CACHED = 16  # messages, read and written out once for all who catch up at the same time
 
@@ -2673,11 +2680,14 @@ MAX_CACHED = 16  # messages, read and written out once for all who catch up at t
 class Broadcaster:
     """The live viewers: all of them at one position, the end of the stream.
 
-    It alone writes a viewer's `position`, `state_sent` and `proof_sent`.
+    It alone writes a viewer's `position`, `detached`, `state_sent` and `proof_sent`.
     """
 
-    def __init__(self, follower: LogFollower, connections: Connections) -> None:
+    def __init__(
+        self, follower: LogFollower, connections: Connections, initial_bytes: int
+    ) -> None:
         self.follower, self.connections = follower, connections
+        self.initial_bytes = initial_bytes  # of the end of the log, for a new viewer
         self.resumer = Resumer(follower)
         self.position = Position(follower.tail, follower.tail.end)
         self.state = follower.state  # what all live viewers know
@@ -2775,9 +2785,7 @@ class Broadcaster:
 
     # For one viewer
 
-    async def serve_first(
-        self, viewer: Connection, initial_bytes: int, since: str | None
-    ) -> bytes:
+    async def serve_first(self, viewer: Connection, since: str | None) -> bytes:
         """Find the viewer's position, and return its first message. Raises OSError."""
         resumed = None if since is None else await self.resumer.resume(since)
         if isinstance(resumed, Position):
@@ -2787,24 +2795,26 @@ class Broadcaster:
                 position, text = message.next_position, message.text
             start, reason = resumed.offset, None
         else:
-            position, start, text = await self._end_of_log(initial_bytes)
+            position, start, text = await self._end_of_log()
             reason = resumed
 
         viewer.position = position
         self.follower.names.assign(position.segment.file)
         found = isinstance(resumed, Position)
+        first = text.encode()
+        if viewer.speaks_json:
+            name = self.follower.name
+            first = snapshot_message(name, start, position, text, found, reason)
         viewer.record_arrival(resumed=found)
-        if not viewer.speaks_json:
-            return text.encode()
-        return snapshot_message(self.follower.name, start, position, text, found, reason)
+        return first
 
-    async def _end_of_log(self, initial_bytes: int) -> tuple[Position, int, str]:
+    async def _end_of_log(self) -> tuple[Position, int, str]:
         """Return the end of the stream, and where and what the last lines before it are."""
         follower = self.follower
         while not follower.current.is_unchanged() and await follower.check():
             await asyncio.sleep(0)  # otherwise the cursor would cover bytes that were never sent
         file, end = follower.current, follower.tail.end
-        start = file.line_start(end, initial_bytes) if file.is_unchanged() else end
+        start = file.line_start(end, self.initial_bytes) if file.is_unchanged() else end
         text = file.read_data(start, end).decode(errors="replace")
         return Position(follower.tail, end), start, text
 
@@ -2819,8 +2829,7 @@ class Broadcaster:
         if viewer.speaks_json and viewer.proof_sent is not self._proof:
             viewer.proof_sent = self._proof
             return self._proof
-        if viewer.position is None:
-            return b""  # removed meanwhile
+        assert viewer.position  # it is not live
 
         message = self._cache.get(viewer.position) or self._read_message(viewer.position)
         if message is None:
@@ -2835,7 +2844,8 @@ class Broadcaster:
 
     async def _wait_live(self, viewer: Connection) -> None:
         """Wait as a live viewer; return when this viewer has to read the file itself."""
-        at_end = viewer.position is None or normalize(viewer.position) == self.position
+        assert viewer.position
+        at_end = normalize(viewer.position) == self.position
         if not at_end or viewer.state_sent != self.state:
             await self.checked.wait()  # the follower has yet to say what happened
             return
@@ -2861,13 +2871,11 @@ class Broadcaster:
         viewer.position = None
 
 
-async def handle_viewer(
-    broadcaster: Broadcaster, initial_bytes: int, viewer: ServerConnection
-) -> None:
+async def handle_viewer(broadcaster: Broadcaster, viewer: ServerConnection) -> None:
     """Serve a viewer until it leaves; what it sends is read and ignored."""
     assert isinstance(viewer, Connection)
     viewer.speaks_json = viewer.subprotocol == PROTOCOL
-    sending = asyncio.create_task(send_loop(broadcaster, initial_bytes, viewer))
+    sending = asyncio.create_task(send_loop(broadcaster, viewer))
     try:
         async for _ in viewer:
             pass
@@ -2882,7 +2890,7 @@ async def handle_viewer(
         raise error
 
 
-async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connection) -> None:
+async def send_loop(broadcaster: Broadcaster, viewer: Connection) -> None:
     """Send the first message, then message by message, and wait live at the end."""
     since = viewer.query.get("since")
     first = True
@@ -2891,7 +2899,7 @@ async def send_loop(broadcaster: Broadcaster, initial_bytes: int, viewer: Connec
         while True:
             try:
                 if first:
-                    message = await broadcaster.serve_first(viewer, initial_bytes, since)
+                    message = await broadcaster.serve_first(viewer, since)
                     await viewer.send(message, text=True)
                     first = False
                 elif message := await broadcaster.serve_next(viewer):
@@ -2947,7 +2955,7 @@ class Connections:
         # The live viewers, by whether they speak JSON. A message needs their transports, no more:
         # with many of them whatever else one looks at comes from memory, not from a cache.
         self.broadcast: dict[bool, Transports] = {False: {}, True: {}}
-        self.lagging: set[Connection] = set()  # they take less than is sent
+        self.lagging: set[Connection] = set()  # live or not: they take less than is sent
         self.received_bytes = 0  # in this turn
         self.turn_timer: asyncio.TimerHandle | None = None
 
@@ -3148,7 +3156,7 @@ class Connection(ServerConnection):
         self.tcp.abort()
 
     def limit_unsent(self) -> None:
-        """Set from which number of unsent bytes on the viewer leaves the broadcast."""
+        """Set with how many unsent bytes asyncio calls pause_writing(): it leaves the broadcast."""
         limit_bytes = min(MAX_LAG_BYTES, self.connections.unsent_bytes)
         self.transport.set_write_buffer_limits(limit_bytes)
 
@@ -3390,12 +3398,15 @@ async def route(site: Site, context: RequestContext) -> Response:
         try:
             return await cancel_on_disconnect(context.connection, log_response(site, context))
         except OSError as error:
-            raise HTTPError(503, f"the log cannot be read: {error.strerror}") from None
+            raise unreadable(error) from None
     raise HTTPError(404, "not found")
 
 
 async def log_response(site: Site, context: RequestContext) -> Response:
-    """Return what is said about the log, 503 if there is none."""
+    """Return what is said about the log, 503 if there is none.
+
+    What a person did is recorded all the same.
+    """
     follower = site.broadcaster.follower
     state, detail = follower.state
     if state != "ok" and context.path != "/api/record":
@@ -3408,6 +3419,27 @@ async def log_response(site: Site, context: RequestContext) -> Response:
         body = json.dumps(await site.files.describe(), ensure_ascii=False).encode()
         return make_response(200, body, JSON, ETag=f'"{follower.current.name}"')
     file = await site.files.file_of(context)
+    etag = f'"{file.name}"'
+    try:
+        check_if_match(context.request, etag)
+        response = await file_response(site, file, context)
+    except HTTPError as error:
+        response = error_response(context.path, error)
+    except OSError as error:
+        response = error_response(context.path, unreadable(error))
+    response.headers["ETag"] = etag
+    return response
+
+
+def check_if_match(request: Request, etag: str) -> None:
+    """Raises HTTPError 412 if the client means another generation (RFC 9110, 13.1.1)."""
+    wanted = request.headers.get("If-Match", "*").split(",")
+    if not {"*", etag} & {tag.strip() for tag in wanted}:
+        raise HTTPError(412, "the log has been replaced since (If-Match)")
+
+
+async def file_response(site: Site, file: LogFile, context: RequestContext) -> Response:
+    """Return what is said about one file, the log or a rotated one. Raises HTTPError, OSError."""
     if context.path in PROOF:
         return await site.proof.respond(file, context)
     if not context.connection.connections.reserve(context.connection, MIB):
@@ -3415,6 +3447,10 @@ async def log_response(site: Site, context: RequestContext) -> Response:
     response = await site.history.respond(file, context)
     site.proof.reads.note(context, response)
     return response
+
+
+def unreadable(error: OSError) -> HTTPError:
+    return HTTPError(503, f"the log cannot be read: {error.strerror}")
 
 
 async def cancel_on_disconnect(connection: Connection, work: Coroutine[Any, Any, T]) -> T:
@@ -3462,7 +3498,7 @@ def error_response(path: str, error: HTTPError) -> Response:
 
 def with_common_headers(site: Site, context: RequestContext, response: Response) -> Response:
     """Return the answer with what every one needs, or 429 in place of a refused WebSocket."""
-    if context.upgrade and response.status_code != 400:
+    if context.upgrade and response.status_code != 400:  # malformed is said before too many
         try:
             site.access.count_answer(context)  # an accepted WebSocket is none
         except HTTPError as too_many:
@@ -3980,12 +4016,6 @@ Process = subprocess.Popen[bytes]
 Work = Callable[..., T]
 
 
-def check_if_match(request: Request, etag: str) -> None:
-    wanted = request.headers.get("If-Match", "*").split(",")
-    if not {"*", etag} & {tag.strip() for tag in wanted}:
-        raise HTTPError(412, "the log has been replaced since (If-Match)")
-
-
 class History:
     """Answers about whole files: two searches at a time, each with a grep on every core."""
 
@@ -3997,23 +4027,11 @@ class History:
         self.threads = concurrent.futures.ThreadPoolExecutor(4 * self.cores, "search")
 
     async def respond(self, file: LogFile, context: RequestContext) -> Response:
-        """Answer a question about this file, unless the client means another generation."""
-        etag = f'"{file.name}"'
-        try:
-            check_if_match(context.request, etag)
-            if context.path == "/api/audit":
-                response = await range_response(file, context.request.headers.get("Range", ""))
-            else:
-                answer = await self.answer(file, context)
-                response = make_response(200, json.dumps(answer, ensure_ascii=False).encode(), JSON)
-        except HTTPError as error:
-            response = error_response(context.path, error)
-        except OSError as error:
-            failure = HTTPError(503, f"the log cannot be read: {error.strerror}")
-            response = error_response(context.path, failure)
-
-        response.headers["ETag"] = etag
-        return response
+        """Answer a question about this file. Raises HTTPError, OSError."""
+        if context.path == "/api/audit":
+            return await range_response(file, context.request.headers.get("Range", ""))
+        answer = await self.answer(file, context)
+        return make_response(200, json.dumps(answer, ensure_ascii=False).encode(), JSON)
 
     async def answer(self, file: LogFile, context: RequestContext) -> Answer:
         query = context.query
@@ -4824,13 +4842,13 @@ class FileSet:
 
     async def unpacked(self, past: PastFile) -> LogFile:
         """Return the file, decompressed once for all who ask. Raises HTTPError."""
-        self.forget_unused()
         job = self.unpacking.get(past.key)
         if not job:
+            self.forget_unused(room=1)
             job = self.unpacking[past.key] = asyncio.create_task(self.unpack(past))
-            job.add_done_callback(job_bytes)  # sees the error even if nobody waits any more
+            job.add_done_callback(self.forget_later)
         self.used_s[past.key] = time.monotonic()
-        asyncio.get_running_loop().call_later(UNUSED_S + 1, self.forget_unused)
+        self.forget_later(job)
 
         await asyncio.wait([job], timeout=DECOMPRESS_S)
         if not job.done():
@@ -4852,14 +4870,19 @@ class FileSet:
                 self.known[past.key[:2]] = known
         return file
 
-    def forget_unused(self) -> None:
-        """Close what nobody has looked at for a while, and for longest if there is much of it."""
+    def forget_later(self, job: asyncio.Task[LogFile]) -> None:
+        if job.done():
+            job_bytes(job)  # sees the error even if nobody waits any more
+            asyncio.get_running_loop().call_later(UNUSED_S + 1, self.forget_unused)
+
+    def forget_unused(self, room: int = 0) -> None:
+        """Close what nobody has looked at for a while; if it is too much, the oldest of it too."""
         done = [key for key, job in self.unpacking.items() if job.done()]
         size = sum(job_bytes(self.unpacking[key]) for key in done)
         done.sort(key=self.used_s.__getitem__)
         for number, key in enumerate(done):
             unused = time.monotonic() - self.used_s[key] > UNUSED_S
-            many = len(done) - number >= MAX_UNPACKED
+            many = len(done) - number + room > MAX_UNPACKED
             if not (unused or many or size > MAX_UNPACKED_BYTES):
                 break
             size -= job_bytes(self.unpacking.pop(key))
@@ -4876,10 +4899,6 @@ def account_name(look_up: Callable[[int], Any], number: int) -> str:
 
 def file_key(status: os.stat_result) -> FileKey:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def file_name(path: str) -> str:
-    return os.fsencode(os.path.basename(path)).decode(errors="replace")
 
 
 def unreadable_name(key: FileKey) -> str:
@@ -5447,15 +5466,6 @@ def without_leaps(times: list[Timed], sign: int) -> list[Timed]:
     return kept + times[1:][-1:]
 
 
-def parse_zone(name: str) -> datetime.tzinfo:
-    """Return the zone of that name, or with that offset as in +01:00. Raises ValueError."""
-    try:
-        offset = stated_zone(name.encode(), datetime.UTC) if name.strip() else None
-        return offset or zoneinfo.ZoneInfo(name)
-    except (LookupError, ValueError, OSError):
-        raise ValueError(f"{name} is not a time zone as in +01:00 or Europe/Berlin") from None
-
-
 def parse_moment(text: str, zone: datetime.tzinfo) -> float | None:
     """Return the time of a stamp, or a date's midnight, in s since 1970; None for nonsense."""
     # A plus sign in an address is a space.
@@ -5485,7 +5495,7 @@ MAX_ASKED = 10_000  # receipts that are waited for, or may still be collected
 ALONE_S = 0.03  # a pass begins so long after it was asked for: others may ask, too
 CROWD_S = 0.4  # if they do, it begins once nobody has come for so long,
 MAX_CROWD_S = 4.0  # or after this time
-LATE_LINES_S = 31.0  # a rotated file that grows later is sealed again
+LATE_LINES_S = 31.0  # a rotated file that grows within this time is sealed again
 LAST_ANCHOR_S = 0.5  # of the stop
 ANNOUNCE_S = 60.0  # at least between two `proof` messages of the same state
 CLOCK_S = 60.0  # a rotation is noticed, and an entry written, at most so late
@@ -5567,22 +5577,10 @@ class Proof:
         self.reads = ReadRecord()
 
     async def respond(self, file: LogFile, context: RequestContext) -> Response:
-        """Answer /api/receipt, /api/review and /api/record."""
-        etag = f'"{file.name}"'
-        accepted = context.request.headers.get("If-Match", "*").split(",")
-
-        try:
-            if not {"*", etag} & {tag.strip() for tag in accepted}:
-                raise HTTPError(412, "the log has been replaced since (If-Match)")
-            if context.path == "/api/record":
-                response = self.record(context)
-            else:
-                response = await self.respond_with_receipt(file, context)
-        except HTTPError as error:
-            response = error_response(context.path, error)
-
-        response.headers["ETag"] = etag
-        return response
+        """Answer /api/receipt, /api/review and /api/record. Raises HTTPError, OSError."""
+        if context.path == "/api/record":
+            return self.record(context)
+        return await self.respond_with_receipt(file, context)
 
     async def respond_with_receipt(self, file: LogFile, context: RequestContext) -> Response:
         """Wait a few seconds for the pass; if it takes longer, the next request collects it."""
@@ -5671,6 +5669,12 @@ class Proof:
         generation = self.follower.names.assign(file)
         return Receipt(log, generation, digest.head, end, digest.sha256, at)
 
+    def receipt_before(self, checker: Checker) -> Receipt:
+        """Return the receipt of all that was known before the first change, if there was one."""
+        if checker.remembered:
+            return self.receipt(checker.file, checker.remembered_end, checker.remembered)
+        return self.receipt(checker.file, checker.end, checker.known())
+
     # -- what goes on all the time --
 
     async def run(self) -> None:
@@ -5752,7 +5756,7 @@ class Proof:
             logger.warning("bytes that seemed to have changed are what they were, read again")
         elif checker is self.current:
             self.raise_alarm(checker, describe(changes))
-        checker.accept_changes(changes)
+        await run_in_thread(checker.go_on_from, changes)
 
     def drop_idle_checkers(self) -> None:
         """Let go of files that nobody asks about any more."""
@@ -5767,8 +5771,7 @@ class Proof:
 
     def raise_alarm(self, checker: Checker, sentence: str) -> None:
         """Tell the operator and all viewers; the alarm stays until somebody accepts it."""
-        digest = checker.remembered or checker.known()
-        before = self.receipt(checker.file, checker.remembered_end or checker.end, digest)
+        before = self.receipt_before(checker)
         self.alarm, self.alarm_receipt = self.alarm or sentence, self.alarm_receipt or before.line
         counters["proof_alarms_total"] += 1
         write_alarm(f"altered: {sentence}; it was: {before.line}")
@@ -5819,13 +5822,12 @@ class Proof:
         """Alarm unless all that was known of a former log is still there, here or in a copy."""
         file = checker.file
         if file.end < checker.end:  # it was cut, and something else may fill its place
-            checker.accept_changes(await run_in_thread(checker.find_changes))
+            await run_in_thread(checker.go_on_from, await run_in_thread(checker.find_changes))
         changes, tail_changed = checker.changes, not file.is_unchanged()
         if not changes and not tail_changed and (not checker.end or file.status().st_nlink):
             return
 
-        digest = checker.remembered or checker.known()
-        receipt = self.receipt(file, checker.remembered_end or checker.end, digest)
+        receipt = self.receipt_before(checker)
         path = self.follower.path
         check = await run_in_thread(check_receipts, path, [receipt], datetime.UTC)
         verdict = check.verdicts[0]
@@ -5972,7 +5974,7 @@ BY_OFFSET = operator.itemgetter(0)
 class Checker:
     """What is known of the bytes of one file, and who waits for a digest of them.
 
-    The event loop owns `wanted`; everything else changes in the one thread that works for it.
+    `wanted` belongs to the event loop. The digests change in one thread at a time, under the lock.
     """
 
     def __init__(self, file: LogFile) -> None:
@@ -6168,18 +6170,19 @@ class Checker:
                 changes.append(change)
         return changes
 
-    def accept_changes(self, changes: list[Change]) -> None:
-        """Go on from the bytes as they are now; what was known before is remembered."""
-        self.suspect = None
-        if not changes:
-            return
-        if not self.remembered:
-            self.remembered, self.remembered_end = self.known(), self.end
-        self.changes += changes
-        self.started_s = time.time()
-        first = bisect.bisect_right(self.checkpoints, changes[0].start, key=BY_OFFSET)
-        del self.checkpoints[first:]
-        self.next_block = self.hurry_blocks = 0
+    def go_on_from(self, changes: list[Change], _: threading.Event) -> None:
+        """Take the bytes as they are now; what was known before is remembered."""
+        with self.lock:
+            self.suspect = None
+            if not changes:
+                return
+            if not self.remembered:
+                self.remembered, self.remembered_end = self.known(), self.end
+            self.changes += changes
+            self.started_s = time.time()
+            first = bisect.bisect_right(self.checkpoints, changes[0].start, key=BY_OFFSET)
+            del self.checkpoints[first:]
+            self.next_block = self.hurry_blocks = 0
 
 
 def read_pieces(
@@ -6368,7 +6371,7 @@ class Candidate(NamedTuple):
     def pieces(self, cancelled: threading.Event) -> Iterator[bytes]:
         """Read what was there at the beginning; raises OSError if it is damaged."""
         if self.compressed:
-            return decompressed_pieces(self.file, self.compressed, cancelled)
+            return decompressed_pieces(self.file, self.compressed, cancelled, PIECE_BYTES)
         return read_pieces(self.file, 0, self.file.size, cancelled)
 
     def heads(self, receipts: Iterable[Receipt]) -> dict[int, str]:
@@ -6385,18 +6388,6 @@ class Candidate(NamedTuple):
         stamps = map(times.time_of, self.begin.split(b"\n"))
         oldest = min((stamp for stamp in stamps if stamp is not None), default=moment_s)
         return oldest < moment_s - CLOCK_S
-
-
-def decompressed_pieces(
-    file: LogFile, compressed: str, cancelled: threading.Event, size: int = PIECE_BYTES
-) -> Iterator[bytes]:
-    """Decompress on the way, without a copy; raises OSError if the file is damaged."""
-    try:
-        with file.open() as source, COMPRESSED[compressed](source) as stream:
-            while not cancelled.is_set() and (piece := stream.read(size)):
-                yield piece
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise OSError(errno.EINVAL, f"is damaged, or not a .{compressed} file") from error
 
 
 def verify_receipts(options: Options) -> int:
@@ -6483,7 +6474,7 @@ class ReceiptCheck:
         zone: datetime.tzinfo,
         cancelled: threading.Event,
     ) -> None:
-        self.name = os.fsencode(os.path.basename(path)).decode(errors="replace")
+        self.name = file_name(path)
         self.receipts, self.zone, self.cancelled = receipts, zone, cancelled
         self.candidates: list[Candidate] = []  # newest first
         self.unreadable = ""  # a file that cannot be read, and why
@@ -6656,13 +6647,13 @@ async def run(options: Options, access: AccessControl, page: bytes, limits: Limi
     follower = LogFollower(options.log, options.interval)
     await follower.check()
     connections = Connections(limits.viewers, limits.others, access.tls)
-    broadcaster = Broadcaster(follower, connections)
+    broadcaster = Broadcaster(follower, connections, options.initial)
     proof = Proof(follower, broadcaster, options.anchor, options.expect_every or 0.0)
     files = FileSet(follower, options.zone)
     site = Site(access, broadcaster, History(options.zone), files, proof, page)
 
     # Open the port, then say so.
-    server = await open_server(site, options.initial, listener)
+    server = await open_server(site, listener)
     listener.listen(min(1024, limits.others // 2))  # the default drops some in a storm
     with contextlib.suppress(OSError):  # wherever standard output leads, even to a full disk
         os.write(1, f"{address_to_open(options, access, listener)}\n".encode())
@@ -6709,11 +6700,11 @@ def exit_after(delay_s: float) -> None:
     timer.start()
 
 
-async def open_server(site: Site, initial_bytes: int, listener: socket.socket) -> Server:
+async def open_server(site: Site, listener: socket.socket) -> Server:
     connections = site.broadcaster.connections
 
     return await serve(
-        functools.partial(handle_viewer, site.broadcaster, initial_bytes),
+        functools.partial(handle_viewer, site.broadcaster),
         sock=listener,
         backlog=ACCEPT_BATCH,
         process_request=functools.partial(respond, site),

@@ -115,6 +115,22 @@ def test_a_cursor_waits_for_a_log_that_is_away(place, serve, view, log):
     assert viewer.frames[0]["resumed"] and viewer.reasons() == ["rotated"]
 
 
+def test_a_cursor_is_good_however_many_rotated_files_are_still_read(serve, view, log):
+    for number in range(70):
+        append(Path(f"{log}.{number + 1}"), lines(1, 70 - number))
+    append(log, FIRST)
+    server = serve(log, "--rate-limit", 0)
+    viewer = watch(server, view)
+
+    for number in range(5):
+        shift(log)
+        viewer.wait(add(log, f"after rotation {number}", 1))
+        again = view(server, json=True, since=viewer.cursor).wait(lambda it: it.frames)
+        again.close()
+
+        assert (again.frames[0]["resumed"], again.frames[0]["reason"]) == (True, None)
+
+
 def test_every_cursor_on_the_way_is_good(serve, view, log):
     append(log, FIRST)
     server = serve(log, "--initial", 131072)
