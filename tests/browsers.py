@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from harness import eventually, free_port
+from harness import eventually, free_port, growing_pauses
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -226,12 +226,13 @@ class Page:
 
     def wait(self, expression: str, timeout: float = 15) -> Any:
         end = time.monotonic() + timeout
+        pauses = growing_pauses()
         while not (value := self.js(expression)):
             if time.monotonic() > end:
                 raise AssertionError(
                     f"still {value!r} after {timeout} s: {expression}; console: {self.console[-5:]}"
                 )
-            time.sleep(0.02)
+            time.sleep(next(pauses))
         return value
 
     def copy(self) -> str:

@@ -41,10 +41,19 @@ def eventually(
 ) -> Any:
     """What condition() returns, as soon as that is true; AssertionError after so many seconds."""
     deadline = time.monotonic() + seconds
+    pauses = growing_pauses()
     while not (result := condition()):
         assert time.monotonic() < deadline, f"{message} (waited {seconds} s)"
-        time.sleep(0.01)
+        time.sleep(next(pauses))
     return result
+
+
+def growing_pauses() -> Iterator[float]:
+    """Seconds between two looks: to look costs both sides, so the longer it takes, the fewer."""
+    pause = 0.01
+    while True:
+        yield pause
+        pause = min(0.1, 1.2 * pause)
 
 
 def append(path: Path, text: str | bytes) -> bytes:
@@ -137,10 +146,14 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the script to its end."""
-    command = [sys.executable, "-X", "dev", "-W", "error", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=20, env=environment(), **options
-    )
+    command = [*python(), *map(str, arguments)]
+    options = {"cwd": SCRIPT.parent, "env": environment(PYTHONDONTWRITEBYTECODE="")} | options
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, **options)
+
+
+def python(dev: bool = True) -> list[str]:
+    """How the script is started: as a module, which Python keeps compiled. It halves a start."""
+    return [sys.executable, *(("-X", "dev") if dev else ()), "-W", "error", "-m", SCRIPT.stem]
 
 
 class Server:
@@ -164,11 +177,8 @@ class Server:
         self.log = log
         self.expected_to_die = False
         self._out, self._err = (Path(output or folder / name) for name in ("stdout", "stderr"))
-        # As a module, since Python keeps those compiled: it takes half of a start to do that.
-        python = [sys.executable, *(("-X", "dev") if dev else ()), "-W", "error"]
-        python += ["-m", SCRIPT.stem]
         chosen = () if "--demo" in options else ("--log", str(log))
-        command = [*prefix, *python, *chosen, "--port", str(port), *map(str, options)]
+        command = [*prefix, *python(dev), *chosen, "--port", str(port), *map(str, options)]
         with open(self._out, "ab") as out, open(self._err, "ab") as err:
             self.process = subprocess.Popen(
                 command,

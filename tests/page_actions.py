@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from browsers import Browser, Page
-from harness import ROOT, append, eventually
+from harness import ROOT, append, eventually, growing_pauses
 
 Serve = Callable[..., Any]
 Watch = Callable[..., Page]
@@ -54,9 +54,9 @@ CENTRE = "(at => [at.x + at.width / 2, at.y + at.height / 2])({}.getBoundingClie
 
 def shows(page: Page, expected: list[str], timeout: float = 15) -> None:
     """Exactly these lines, in the end."""
-    end = time.monotonic() + timeout
+    end, pauses = time.monotonic() + timeout, growing_pauses()
     while (shown := page.js(TEXTS)) != expected and time.monotonic() < end:
-        time.sleep(0.02)
+        time.sleep(next(pauses))
     assert shown == expected
 
 

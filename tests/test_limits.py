@@ -63,7 +63,7 @@ def test_the_limit_of_answers_is_600_unless_told_otherwise(serve, log):
     statuses = [[status(server, "/healthz") for _ in range(600)] for server in (usual, unlimited)]
 
     assert statuses == [[503] * 600] * 2
-    eventually(lambda: status(usual, "/healthz") == 429, message="no end")
+    assert any(status(usual, "/healthz") == 429 for _ in range(600))  # some came back meanwhile
     assert [status(unlimited, "/healthz") for _ in range(100)] == [503] * 100
 
 

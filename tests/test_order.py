@@ -473,11 +473,14 @@ def rotated_to(log, names, packed):
     return written
 
 
-@pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize(
-    "names", [*NAMES.values(), *BEFORE_EXTENSION.values()], ids=[*NAMES, *BEFORE_EXTENSION]
-)
-def test_a_restart_goes_on_through_rotated_files_named(names, packed, serve, view, tmp_path):
+# each name, plain and packed; and each way to pack
+NAMED = [(name, packed) for name in (NAMES | BEFORE_EXTENSION) for packed in ("", ".gz")]
+NAMED += [("number", packed) for packed in PACKERS if packed not in ("", ".gz")]
+
+
+@pytest.mark.parametrize(("name", "packed"), NAMED)
+def test_a_restart_goes_on_through_rotated_files_named(name, packed, serve, view, tmp_path):
+    names = (NAMES | BEFORE_EXTENSION)[name]
     log = tmp_path / ("app.log" if names[0].startswith("app") else "log")
     server, viewer = start(serve, view, log)
     viewer.close()
