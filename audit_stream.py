@@ -808,6 +808,8 @@ def decompressed_pieces(
             while not cancelled.is_set() and (piece := stream.read(size)):
                 yield piece
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        if getattr(error, "errno", None):
+            raise  # it cannot be read now, whatever is in it
         raise OSError(errno.EINVAL, "is damaged") from error
 
 
@@ -1180,6 +1182,7 @@ class LogFollower:
         self._arrivals = Arrivals(log_paths(path))
         self._opened_s = time.time()  # since 1970, when the current file became the log
         self._anomaly_since_s = 0.0  # something else than our file is at the path; 0: nothing is
+        self._look_again_since_s = 0.0  # names change while one looks; 0: they do not
         self._next_open_s = 0.0  # when the path is opened afresh, whatever its inode says
         self._encoding = EncodingCheck()
         self._check_lock = asyncio.Lock()
@@ -1346,7 +1349,7 @@ class LogFollower:
         """Publish what is still written to rotated files: a segment of an older generation each."""
         more = False
         for file, until_s in list(self.draining.items()):
-            crowded = len(self.draining) > MAX_DRAINING  # then the oldest has to go
+            crowded = len(self.draining) > MAX_DRAINING  # then the oldest silent one goes
             start, over = file.end, crowded or time.monotonic() > until_s
             self._publish_new(file, final=over)
             grew = file.end > start
@@ -1355,7 +1358,7 @@ class LogFollower:
                 more = True
                 self.draining[file] = max(until_s, time.monotonic() + DRAIN_S)
                 self.tail = self.tail.link_to(self._segment(file), start)
-            if crowded or (over and not grew):
+            elif over:
                 self._stop_draining(file)
             if grew or over:
                 self.tail = self.tail.link_to(self._segment(self.current), self.current.end)
@@ -1529,9 +1532,12 @@ class LogFollower:
     def _renamed_meanwhile(self) -> bool:
         """Return True if files were renamed while they were opened, so that one looks again.
 
-        No longer than the grace period: a neighbour in the folder may never stop renaming.
+        No longer than a grace period: a neighbour in the folder may never stop renaming.
         """
-        return self._arrivals.apply(self._watcher.take_events()) and self._in_grace_period()
+        if not self._arrivals.apply(self._watcher.take_events()):
+            return False
+        self._look_again_since_s = self._look_again_since_s or time.monotonic()
+        return time.monotonic() - self._look_again_since_s < GRACE_S
 
     def _is_unseen(self, name: RotatedName) -> bool:
         return not self._published.includes(name)
@@ -1772,7 +1778,7 @@ class LogFollower:
 
     def _report_ok(self, detail: str = "") -> None:
         self._reads_failed = False
-        self._anomaly_since_s = 0.0
+        self._anomaly_since_s = self._look_again_since_s = 0.0
         self._set_state(LogState("ok", detail))
 
     def _unusual(self) -> str:
@@ -2079,8 +2085,9 @@ class DirectoryWatcher:
 
     def take_events(self) -> list[NameEvent]:
         """Return what happened to names since the last call, in order."""
-        while self._read_queue():
-            pass
+        for _ in range(100):  # more than the queue holds; a neighbour may go on filling it
+            if not self._read_queue():
+                break
         events, self._events = self._events, []
         return events
 
@@ -2167,6 +2174,7 @@ class Arrivals:
         self._at_path: TrackedName | None = self._own
         self._moving: dict[int, list[TrackedName]] = {}
         self.created: list[TrackedName] = []  # other files: copies of the log may be among them
+        self._newest = self._own  # of all that were created, also if it is gone
         if before:  # what has appeared already, for the next file
             later = [name.path for name in before.created if name.during is before._at_path]
             self.created = [TrackedName(path, self._own) for path in later if path]
@@ -2176,11 +2184,10 @@ class Arrivals:
     def apply(self, events: list[NameEvent]) -> bool:
         """Follow the names through these events. Return True if one may have to look again.
 
-        That is: what was at the log's path, what may be a copy by its name, or a file that is
-        followed has another name. A neighbour's file that comes or goes is no reason.
+        That is: something else was at the log's path, what may be a copy by its name came or went,
+        or a file has another name. A neighbour's file that comes or goes is no reason.
         """
-        visits = len(self._visitors)
-        before = {name: name.path for name in self._visitors + self.created}
+        before, interesting = {name: name.path for name in self.created}, self._of_interest()
         for event in events:
             if event.mask & Q_OVERFLOW:
                 self.reliable = False
@@ -2193,10 +2200,14 @@ class Arrivals:
         for cookie in list(self._moving)[:-MAX_NAMES]:
             del self._moving[cookie]
 
-        named = [name for name in self._visitors + self.created if name.path]
-        changed = [name for name in named if name.path != before.get(name)]
-        followed = any(name in before or self._is_rotated(name.path) for name in changed)
-        return followed or visits != len(self._visitors)
+        known = [name for name in self.created if name.path and name in before]
+        renamed = any(name.path != before[name] for name in known)
+        return renamed or interesting != self._of_interest()
+
+    def _of_interest(self) -> dict[TrackedName, str]:
+        """Return what was at the log's path, and what may be a copy of it by its name."""
+        copies = [name for name in self.created if self._is_rotated(name.path)]
+        return {name: name.path for name in self._visitors + copies}
 
     def _leave(self, path: str) -> list[TrackedName]:
         """Take this name away. Return who had it."""
@@ -2228,9 +2239,9 @@ class Arrivals:
 
     def _rename_to_newest(self, tracked: TrackedName, path: str) -> None:
         """Follow a file to the name that appeared last, just before it was removed."""
-        newest = self.created[-1:]
-        if newest and not newest[0].path.startswith(f"{path}."):
-            self._rename(tracked, newest[0])
+        newest = self._newest
+        if newest in self.created and not newest.path.startswith(f"{path}."):
+            self._rename(tracked, newest)
 
     def _rename(self, tracked: TrackedName, other: TrackedName) -> None:
         """Take two names for one file: the place of the first, the path of the other."""
@@ -2256,6 +2267,7 @@ class Arrivals:
 
     def _add_created(self, arrived: TrackedName) -> None:
         """Note a file that appeared; of too many, one that is no copy by its name is forgotten."""
+        self._newest = arrived
         self.created.append(arrived)
         if len(self.created) > MAX_NAMES:
             others = (name for name in self.created if not self._is_rotated(name.path))
@@ -4872,7 +4884,7 @@ class FileSet:
 
     def forget_later(self, job: asyncio.Task[LogFile]) -> None:
         if job.done():
-            job_bytes(job)  # sees the error even if nobody waits any more
+            self.forget_unused()  # it sees the error, even if nobody waits any more
             asyncio.get_running_loop().call_later(UNUSED_S + 1, self.forget_unused)
 
     def forget_unused(self, room: int = 0) -> None:
