@@ -1138,12 +1138,12 @@ async def follow(follower: LogFollower, broadcaster: Broadcaster) -> None:
         while await follower.check():
             broadcaster.broadcast_news()
             await asyncio.sleep(0)
+            begun_s = follower.note_stall(begun_s)
         broadcaster.broadcast_news()
         sd_notify("WATCHDOG=1")  # after a completed check only
 
         await asyncio.sleep(COALESCE_S)
-        if time.monotonic() - begun_s > STALL_S:
-            follower.note_stall()
+        follower.note_stall(begun_s)
         await follower.wait(WATCHDOG_S)
 
 
@@ -1183,6 +1183,7 @@ class LogFollower:
         self._opened_s = time.time()  # since 1970, when the current file became the log
         self._anomaly_since_s = 0.0  # something else than our file is at the path; 0: nothing is
         self._look_again_since_s = 0.0  # names change while one looks; 0: they do not
+        self._looked_s = time.monotonic()  # when the last check began
         self._next_open_s = 0.0  # when the path is opened afresh, whatever its inode says
         self._encoding = EncodingCheck()
         self._check_lock = asyncio.Lock()
@@ -1269,9 +1270,15 @@ class LogFollower:
     def has_file_events(self) -> bool:
         return self._watcher.works
 
-    def note_stall(self) -> None:
-        """Note that the process stood still: what happened meanwhile comes all at once."""
-        self._watcher.stalled = True
+    def note_stall(self, since_s: float) -> float:
+        """Note if the process stood still since then, and what happened comes all at once.
+
+        Return the time (monotonic).
+        """
+        now_s = time.monotonic()
+        if now_s - since_s > STALL_S:
+            self._watcher.stalled = True
+        return now_s
 
     # Checking
 
@@ -1283,6 +1290,7 @@ class LogFollower:
         more.
         """
         async with self._check_lock:
+            self._looked_s = time.monotonic()
             try:
                 new = self.current.read_new()  # before the events that tell of copies are taken
                 if await self._find_unseen():
@@ -1708,6 +1716,7 @@ class LogFollower:
 
     def _doubt(self) -> str:
         """Return why lines may be missing that were written just before a cut; "" if hardly any."""
+        self.note_stall(self._looked_s)
         if self._watcher.stalled or not self._watcher.works:
             return "nobody can know what was written between the last look and the cut"
         return ""
