@@ -1716,8 +1716,8 @@ class LogFollower:
 
     def _doubt(self) -> str:
         """Return why lines may be missing that were written just before a cut; "" if hardly any."""
-        self.note_stall(self._looked_s)
-        if self._watcher.stalled or not self._watcher.works:
+        stalled = self._watcher.stalled or time.monotonic() - self._looked_s > STALL_S
+        if stalled or not self._watcher.works:
             return "nobody can know what was written between the last look and the cut"
         return ""
 
@@ -2032,7 +2032,7 @@ DELETE_SELF, MOVE_SELF, Q_OVERFLOW, IGNORED = 0x400, 0x800, 0x4000, 0x8000
 FILE_EVENTS = MODIFY | ATTRIB | DELETE_SELF | MOVE_SELF
 FOLDER_EVENTS = MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
 MAX_EVENTS = 10_000  # kept until they are looked at; then their order is unknown
-MAX_NAMES = 256  # followed, of files that appeared beside the log
+MAX_NAMES = 256  # followed: of files that appeared beside the log, were the log, or are on the way
 
 
 class NameEvent(NamedTuple):
@@ -2154,9 +2154,11 @@ class DirectoryWatcher:
             return False
         if folder is None or not name:
             return True
+
         path = os.path.join(folder, name)
         self._events.append(NameEvent(mask, cookie, path))
-        return path in self._log_paths or len(self._events) > MAX_EVENTS // 10
+        many = len(self._events) > MAX_EVENTS // 10  # to be looked at before there are too many
+        return path in self._log_paths or many
 
 
 class TrackedName:
@@ -2654,7 +2656,7 @@ class Resumer:
         last.end_limit = last.end
         last.next = Link(follower.tail, start, event, gap)
 
-        # There no byte of it can prove a cursor: its name is the end before it, found just now.
+        # Before its first byte, a cursor is that of the end of the file before it, found just now.
         nothing_known = not follower.current.end or follower.tail.start_cursor == EMPTY_CURSOR
         if event and not start and nothing_known:
             follower.tail.start_cursor = last.cursor(last.end)
