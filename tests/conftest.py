@@ -77,9 +77,10 @@ def npm(pytestconfig: pytest.Config) -> Callable[..., Path]:
         if not all(
             (folder / "node_modules" / name.rpartition("@")[0]).is_dir() for name in modules
         ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                unavailable(f"npm install failed: {done.stderr}")
+            try:
+                subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+            except subprocess.SubprocessError as error:
+                unavailable(f"npm install failed: {error}: {getattr(error, 'stderr', '')}")
         return folder
 
     return install

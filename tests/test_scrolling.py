@@ -127,11 +127,11 @@ def test_the_end_of_the_log_is_joined_again_by_scrolling(page: Page) -> None:
     page.wait(f"{AT} < {COUNT - 1000}")
     stretch(page)
 
-    while page.js(
-        f"({SCROLLER}).scrollTop < ({SCROLLER}).scrollHeight - ({SCROLLER}).clientHeight - 4"
-    ):
+    behind = f"({SCROLLER}).scrollTop < ({SCROLLER}).scrollHeight - ({SCROLLER}).clientHeight - 4"
+    while page.js(behind):
         page.js(f"({SCROLLER}).scrollBy(0, 3900)")
         frames(page, 2)
+        page.wait(AT_REST)  # what is on its way has come: the lowest line is the last one
 
     assert stretch(page)[-1] == COUNT - 1
     page.wait(f"{SHOWS} === 'live'")
