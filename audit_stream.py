@@ -589,8 +589,7 @@ class GenerationNames:
         there is no second; random while there is none.
         """
         if not file.name:
-            base = generation_name(file.read_bytes(0, FINGERPRINT_BYTES))
-            names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
+            names = generation_names(file.read_bytes(0, FINGERPRINT_BYTES))
             file.name = next(name for name in names if self._may_take(file, name))
             self._open[file.name] = file
         self._remember(file)
@@ -615,14 +614,15 @@ class GenerationNames:
             del self._known[next(iter(self._known))]
 
 
-def generation_name(start: bytes) -> str:
-    """Return the name of a generation that begins like this, before it is made unique."""
+def generation_names(start: bytes) -> Iterator[str]:
+    """Return the names, without an end, that a generation with this beginning may have."""
     first = start.find(b"\n") + 1
     second = start.find(b"\n", first) + 1 if first else 0
     if len(start) == FINGERPRINT_BYTES and not second:
         second = len(start)
     lines = start[: second or first] or os.urandom(16)
-    return hashlib.sha256(lines).hexdigest()[:16]
+    name = hashlib.sha256(lines).hexdigest()[:16]
+    return itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
 
 
 # -- rotated files --
@@ -4855,13 +4855,13 @@ class FileSet:
 
     def name_of(self, head: bytes, before: str, taken: set[str]) -> str:
         """Return the name of the generation that begins like this, and is no other file's now."""
-        base = generation_name(head)
-        further = (f"{base}-{n}" for n in itertools.count(2))
-        for name in itertools.chain([before or base, base], further):
-            if name not in taken and head.startswith(self.heads.get(name, b"")):
-                self.heads[name] = head
-                return name
-        raise AssertionError("there is always one more name")
+        names = itertools.chain([before] if before else [], generation_names(head))
+        name = next(name for name in names if self.may_have(head, name, taken))
+        self.heads[name] = head
+        return name
+
+    def may_have(self, head: bytes, name: str, taken: set[str]) -> bool:
+        return name not in taken and head.startswith(self.heads.get(name, b""))
 
     async def unpacked(self, past: PastFile) -> LogFile:
         """Return the file, decompressed once for all who ask. Raises HTTPError."""
