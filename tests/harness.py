@@ -1,6 +1,8 @@
 """What the tests share: the server as a real process, a log, viewers that remember what came."""
 
+import atexit
 import contextlib
+import functools
 import gzip
 import http.client
 import json
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from fork_server import ForkedProcess, ForkServer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
@@ -28,6 +31,8 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 FORBID_INOTIFY = 'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"'
 NO_INOTIFY = ("unshare", "--user", "--map-root-user", "sh", "-c", FORBID_INOTIFY, "sh")
 ACCESS = "audit_stream: access "  # how the lines of the access record begin
+DEV = ("-X", "dev")
+STRICT = ("-W", "error")
 FOREIGN_VARIABLES = (
     "AUDIT_STREAM_TOKEN",
     "CREDENTIALS_DIRECTORY",
@@ -139,21 +144,29 @@ def free_port() -> int:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    return {
-        name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES
-    } | variables
+    """Return our own environment without what would change how the script starts, and these."""
+    others = {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES}
+    return others | {"PYTHONDONTWRITEBYTECODE": ""} | variables
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the script to its end."""
     command = [*python(), *map(str, arguments)]
-    options = {"cwd": SCRIPT.parent, "env": environment(PYTHONDONTWRITEBYTECODE="")} | options
+    options = {"cwd": SCRIPT.parent, "env": environment()} | options
     return subprocess.run(command, capture_output=True, text=True, timeout=20, **options)
 
 
 def python(dev: bool = True) -> list[str]:
     """How the script is started: as a module, which Python keeps compiled. It halves a start."""
-    return [sys.executable, *(("-X", "dev") if dev else ()), "-W", "error", "-m", SCRIPT.stem]
+    return [sys.executable, *(DEV if dev else ()), *STRICT, "-m", SCRIPT.stem]
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """Return what starts most servers: those that need no other program or variable before."""
+    server = ForkServer(*DEV, *STRICT, module=SCRIPT, variables=environment())
+    atexit.register(server.close)
+    return server
 
 
 class Server:
@@ -178,16 +191,21 @@ class Server:
         self.expected_to_die = False
         self._out, self._err = (Path(output or folder / name) for name in ("stdout", "stderr"))
         chosen = () if "--demo" in options else ("--log", str(log))
-        command = [*prefix, *python(dev), *chosen, "--port", str(port), *map(str, options)]
+        arguments = [*chosen, "--port", str(port), *map(str, options)]
+        self.process: subprocess.Popen[bytes] | ForkedProcess
         with open(self._out, "ab") as out, open(self._err, "ab") as err:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                cwd=SCRIPT.parent,
-                env=environment(PYTHONDONTWRITEBYTECODE="", **env or {}),
-            )
+            if dev and not prefix and not env:
+                streams = {"out": out.fileno(), "err": err.fileno()}
+                self.process = fork_server().start(*arguments, **streams)
+            else:
+                self.process = subprocess.Popen(
+                    [*prefix, *python(dev), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    cwd=SCRIPT.parent,
+                    env=environment(**env or {}),
+                )
         try:
             self.url = f"http://127.0.0.1:{port}/" if output else self._announced()
             parts = urlsplit(self.url)

@@ -254,7 +254,7 @@ def test_nothing_of_a_damaged_file_is_shown(suffix, damage, serve, log):
 def test_what_is_too_large_when_unpacked_is_refused(serve, log):
     append(log, lines(3))
     with gzip.open(f"{log}.1.gz", "wb", 1) as packed:
-        for _ in range(2048):
+        for _ in range(1100):
             packed.write(bytes(MIB))
     server = serve(log, "--rate-limit", 0, dev=False)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
-from harness import append, eventually, lines
+from harness import FIRST, append, eventually, lines
 
 MIB = 1 << 20
 
@@ -421,12 +421,21 @@ def test_an_expensive_pattern_gets_422_and_slows_nobody_down(query, serve, view,
     assert len(search(server, "needle !first")["matches"]) == 1
 
 
-def test_without_a_free_place_a_search_gets_503_after_a_while(serve, large):
-    server = serve(large, dev=False)
+def hanging_grep(folder):
+    """Make one that says nothing for longer than any search may take."""
+    folder.mkdir()
+    (folder / "grep").write_text("#!/bin/sh\nexec sleep 30\n")
+    (folder / "grep").chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_without_a_free_place_a_search_gets_503_after_a_while(serve, log, tmp_path):
+    append(log, FIRST)
+    server = serve(log, env=hanging_grep(tmp_path / "bin"))
 
     def ask():
         begun = time.monotonic()
-        status, headers, body = server.get(f"/api/search?q={quote(EXPENSIVE)}")
+        status, headers, body = server.get("/api/search?q=entry")
         assert json.loads(body)["error"]
         return status, headers["Retry-After"], time.monotonic() - begun
 
@@ -663,12 +672,13 @@ def test_bad_questions_for_counts_get_400(serve, log):
         assert status == 400 and json.loads(body)["error"], asked
 
 
-def test_an_expensive_count_is_refused_and_ends_with_its_client(serve, large):
-    server = serve(large, dev=False)
+def test_an_expensive_count_is_refused_and_ends_with_its_client(serve, log, tmp_path):
+    append(log, FIRST)
+    server = serve(log, env=hanging_grep(tmp_path / "bin"))
 
-    status, _, body = server.get(f"/api/counts?q={quote(EXPENSIVE)}")
+    status, _, body = server.get("/api/counts?q=entry")
     with server.connect() as client:
-        path = f"/api/counts?q={quote(EXPENSIVE)}"
+        path = "/api/counts?q=entry"
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         eventually(lambda: children(server))
 
