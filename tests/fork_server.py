@@ -105,6 +105,7 @@ def forked(requests: socket.socket) -> list[str] | None:
     while True:
         request, descriptors, _, _ = socket.recv_fds(requests, LARGEST, 3)
         if not request:
+            requests.close()
             return None
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

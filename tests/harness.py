@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +32,6 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 FORBID_INOTIFY = 'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"'
 NO_INOTIFY = ("unshare", "--user", "--map-root-user", "sh", "-c", FORBID_INOTIFY, "sh")
 ACCESS = "audit_stream: access "  # how the lines of the access record begin
-DEV = ("-X", "dev")
-STRICT = ("-W", "error")
 FOREIGN_VARIABLES = (
     "AUDIT_STREAM_TOKEN",
     "CREDENTIALS_DIRECTORY",
@@ -151,20 +150,33 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the script to its end."""
-    command = [*python(), *map(str, arguments)]
-    options = {"cwd": SCRIPT.parent, "env": environment()} | options
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, **options)
+    words = list(map(str, arguments))
+    if options:
+        options = {"cwd": SCRIPT.parent, "env": environment()} | options
+        command = [*python(), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, **options)
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = fork_server().start(*words, out=out.fileno(), err=err.fileno())
+        code = process.wait(20)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
+def flags(dev: bool) -> list[str]:
+    return [*(("-X", "dev") if dev else ()), "-W", "error"]
 
 
 def python(dev: bool = True) -> list[str]:
     """How the script is started: as a module, which Python keeps compiled. It halves a start."""
-    return [sys.executable, *(DEV if dev else ()), *STRICT, "-m", SCRIPT.stem]
+    return [sys.executable, *flags(dev), "-m", SCRIPT.stem]
 
 
 @functools.cache
-def fork_server() -> ForkServer:
-    """Return what starts most servers: those that need no other program or variable before."""
-    server = ForkServer(*DEV, *STRICT, module=SCRIPT, variables=environment())
+def fork_server(dev: bool = True) -> ForkServer:
+    """Return what starts the script where no other program and no variable has to come before."""
+    server = ForkServer(*flags(dev), module=SCRIPT, variables=environment())
     atexit.register(server.close)
     return server
 
@@ -194,9 +206,9 @@ class Server:
         arguments = [*chosen, "--port", str(port), *map(str, options)]
         self.process: subprocess.Popen[bytes] | ForkedProcess
         with open(self._out, "ab") as out, open(self._err, "ab") as err:
-            if dev and not prefix and not env:
+            if not prefix and not env:
                 streams = {"out": out.fileno(), "err": err.fileno()}
-                self.process = fork_server().start(*arguments, **streams)
+                self.process = fork_server(dev).start(*arguments, **streams)
             else:
                 self.process = subprocess.Popen(
                     [*prefix, *python(dev), *arguments],

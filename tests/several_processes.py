@@ -1,4 +1,4 @@
-"""Several processes share the tests, because a test waits more than it works: two for each core.
+"""Several processes share the tests, because a test waits more than it works: three for each core.
 
 A unit is some tests of a file, or of what one browser does in it. Each process takes the next unit
 that is free, every other one from the end: so what works (browsers, which come first) runs beside
@@ -25,7 +25,7 @@ import pytest
 MOST = 16  # tests in a unit: what its fixtures cost is paid once for each
 FOLDER = "TESTS_SHARED_IN"  # environment variables of the other processes
 FROM_END = "TESTS_FROM_END"
-PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(8, 2 * (os.cpu_count() or 1)))
+PROCESSES = int(os.environ.get("AUDIT_STREAM_TESTS") or min(12, 3 * (os.cpu_count() or 1)))
 
 
 @pytest.hookimpl(tryfirst=True)
