@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 LARGEST = 2**16  # bytes of a request
 DESCRIPTORS = 256  # more than it has open
@@ -39,13 +40,17 @@ class ForkServer:
             )
 
     def start(self, *arguments: str, out: int, err: int) -> ForkedProcess:
-        """Run the module with these arguments and streams."""
+        """Run the module with these arguments and streams; OSError if the fork server has ended."""
         reading, writing = os.pipe()
+        status = open(reading, "rb", buffering=0)  # noqa: SIM115 - closed when the process has ended
         try:
             socket.send_fds(self._requests, [json.dumps(arguments).encode()], [out, err, writing])
+        except OSError:
+            status.close()
+            raise
         finally:
             os.close(writing)
-        return ForkedProcess(reading)
+        return ForkedProcess(status)
 
     def close(self) -> None:
         self._requests.close()
@@ -55,10 +60,14 @@ class ForkServer:
 class ForkedProcess:
     """What subprocess.Popen is for a child: this one's parent is a fork of the fork server."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: IO[bytes]) -> None:
         """Read the number of the process from this pipe; how it ended comes later."""
-        self._status = open(status, "rb", buffering=0)  # noqa: SIM115 - closed when it has ended
-        self.pid = int(self._status.readline())
+        self._status = status
+        number = status.readline()
+        if not number:
+            status.close()
+            raise ChildProcessError("the fork server has ended: it cannot import the module")
+        self.pid = int(number)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
