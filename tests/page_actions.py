@@ -102,6 +102,13 @@ def said(page: Page) -> list[str]:
     return [text for _, text in page.console]
 
 
+def says(page: Page, text: str) -> None:
+    """Wait until the console says it."""
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: text in said(page))
+    assert text in said(page)
+
+
 def entries(*texts: str) -> list[str]:
     return [f"[2025-12-17T17:40:{number % 60:02d}Z] {text}" for number, text in enumerate(texts)]
 

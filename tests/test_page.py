@@ -38,6 +38,7 @@ from page_actions import (
     number_in_view,
     numbered,
     said,
+    says,
     scroll_up,
     search,
     shows,
@@ -141,7 +142,7 @@ def test_a_tab_in_the_background_misses_nothing(
     for start in range(0, 2000, 500):
         size = len("".join(f"{line}\n" for line in numbered(start, start + 500)))
         written += write(log, numbered(start, start + 500))
-        eventually(lambda size=size: RECEIVED.format(size) in said(page))  # type: ignore[misc]
+        says(page, RECEIVED.format(size))
     cover.close()
     page.to_front()
 
@@ -165,7 +166,7 @@ def test_the_console_tells_what_happens_word_for_word(
         )
     )
 
-    eventually(lambda: RECEIVED.format(size) in said(page))
+    says(page, RECEIVED.format(size))
     greeting = [f"🔌 Connecting to WebSocket: ws://127.0.0.1:{server.port}/ws/audit"]
     greeting.append("✅ WebSocket connected - Real-time audit streaming active")
     assert [text for text in said(page) if text in greeting] == greeting
@@ -459,7 +460,7 @@ def test_a_restart_brings_what_was_written_meanwhile_once(
     server.stop()
     for page in pages:
         page.wait(f"{STATE} === 'reconnecting'")
-        eventually(lambda page=page: LATE in said(page))  # type: ignore[misc]
+        says(page, LATE)
     written += write(log, entries("meanwhile one", "meanwhile two"))
     eventually(lambda: said(page).count(LATE) == 2)  # away for longer than one attempt
     serve(log, port=server.port)
@@ -920,4 +921,4 @@ def test_webkit_shows_the_log_too(serve: Serve, log: Path, watch_in_webkit: Watc
         page.js("[...document.querySelectorAll('mark')].map(mark => mark.textContent)")
         == ["database"] * 2
     )
-    eventually(lambda: RECEIVED.format(size) in said(page))
+    says(page, RECEIVED.format(size))
