@@ -651,9 +651,9 @@ class WebKitPage(Page):
         while time.monotonic() < end:
             # While the page changes hands an answer may never come.
             with contextlib.suppress(RuntimeError, TimeoutError):
-                if self.enabled != self.target:
+                if self.enabled != (target := self.target):
                     self.inspect("Console.enable", timeout=2)
-                    self.enabled = self.target
+                    self.enabled = target  # there may be another one by now
                 if self.js("!window.before && document.readyState === 'complete'", timeout=2):
                     return
             time.sleep(0.02)
