@@ -88,10 +88,11 @@ def test_a_stuck_viewer_does_not_hold_up_the_stop(serve, log):
 
 def test_unpacking_a_gigabyte_does_not_hold_up_the_stop(serve, view, log):
     append(log, FIRST)
+    packed = gzip.compress(lines(100_000, 20).encode()) * 120  # now: a log is not empty for long
     server = serve(log, "--initial", 131072)
     cursor = view(server, json=True).wait(FIRST).cursor
     log.write_bytes(b"")
-    Path(f"{log}.1.gz").write_bytes(gzip.compress(lines(100_000, 20).encode()) * 120)
+    Path(f"{log}.1.gz").write_bytes(packed)
     added = add(log, "new")
     view(server).wait(added)
     files = Path(f"/proc/{server.process.pid}/fd")
